@@ -1,0 +1,1 @@
+"""Command line, reports, metrics and benchmarks: labels and files again."""

@@ -1,0 +1,297 @@
+"""The command line. Heavy packages are imported inside the commands, so that `--help` answers at once."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hilbertcell.analyses.cli_support import (
+    KeyOptions,
+    SplitName,
+    UsageProblem,
+    check_output,
+    command,
+    existing,
+    notices,
+    read_file,
+    results,
+    whole_file,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(
+    help="Probabilistic programs for how cell populations respond to perturbations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _out(metavar: str, text: str) -> object:
+    return typer.Option("--out", metavar=metavar, help=text, show_default=False)
+
+
+def _flag(name: str, text: str) -> object:
+    return typer.Option(name, help=text, show_default=False)
+
+
+def _file(metavar: str, text: str) -> object:
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+def _given(metavar: str, text: str, **limits: int) -> object:
+    return typer.Option(metavar=metavar, help=text, show_default=False, **limits)
+
+
+Cells = Annotated[Path, _file("FILE", "Cells, as h5ad.")]
+Draws = Annotated[Path, _file("DRAWS.nc", "Draws that `predict` wrote.")]
+Force = Annotated[bool, _flag("--force", "Replace an output that exists.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.", min=0, metavar="N")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        results.print(f"hilbertcell {version('hilbertcell')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@command(app)
+def inspect(file: Cells, keys: KeyOptions) -> None:
+    """Say which populations a file holds, what is missing, and what is wrong with it."""
+    from hilbertcell.analyses.inspection import print_summary
+
+    print_summary(keys.read(file), str(file), results)
+
+
+@command(app)
+def split(
+    file: Cells,
+    keys: KeyOptions,
+    split: Annotated[SplitName, typer.Option(help="What is hidden.", show_default=False)],
+    out: Annotated[Path, _out("SPLIT.json", "Where the split is written.")],
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Hide populations by a rule and a seed, to be predicted later."""
+    from hilbertcell.data.splits import make_split
+
+    check_output(out, force, file)
+    made = make_split(keys.read(file).labels, split.value, seed=seed)
+    with whole_file(out) as path:
+        made.save(path)
+    notices.print(f"{split.value} hides {len(made.held_out)} populations:", highlight=False)
+    for name in made.held_out:
+        results.print(name, markup=False, highlight=False, soft_wrap=True)
+
+
+@command(app)
+def fit(
+    file: Cells,
+    keys: KeyOptions,
+    out: Annotated[Path, _out("FITDIR", "Folder the fit is written to.")],
+    holdout: Annotated[
+        Path | None, _given("SPLIT.json", "Populations to leave out, as `split` wrote them.")
+    ] = None,
+    seed: Seed = 0,
+    settings: Annotated[Path | None, _given("FILE.toml", "Settings other than the default ones.")] = None,
+    force: Force = False,
+) -> None:
+    """Fit the hidden-factor program to the populations of a file."""
+    check_output(out, force, file, folder=True)
+    from hilbertcell.data.splits import Split
+    from hilbertcell.inference.fit import fit as fit_program
+    from hilbertcell.inference.settings import Settings
+
+    chosen = None if settings is None else Settings.from_toml(existing(settings))
+    hidden = None if holdout is None else Split.load(existing(holdout))
+    fitted = fit_program(keys.read(file), holdout=hidden, seed=seed, settings=chosen, progress=True)
+    fitted.save(out, force=force)
+    notices.print(f"fit written to {out}", highlight=False, markup=False)
+
+
+@command(app)
+def predict(
+    fit: Annotated[Path, _file("FITDIR", "Folder that `fit` wrote.")],
+    file: Annotated[Path, _file("FILE", "Control cells of the batches to predict for, as h5ad.")],
+    out: Annotated[Path, _out("DRAWS.nc", "Where the draws are written.")],
+    targets: Annotated[
+        Path | None,
+        _given(
+            "TARGETS.csv",
+            "Columns context, perturbation, batch, and dose where there are doses. Without it, everything.",
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Draws.", min=1, metavar="N")] = 500,
+    seed: Seed = 0,
+    observe: Annotated[bool, _flag("--observe", "Learn from the perturbed cells of FILE, too.")] = False,
+    new_batch: Annotated[
+        bool, _flag("--new-batch", "Batches of FILE are new, even where the fit knows their names.")
+    ] = False,
+    cells: Annotated[Path | None, _given("CELLS.h5ad", "Also sample predicted cells, written here.")] = None,
+    cells_per_population: Annotated[
+        int | None, _given("N", "Cells of each population; without it, as many as it has controls.", min=1)
+    ] = None,
+    draw_index: Annotated[
+        int | None, _given("I", "Cells of drawn population I, not of the mean one.", min=0)
+    ] = None,
+    draws: Annotated[
+        int | None, _given("R", "Cells of R drawn populations, labelled in obs['draw'].", min=1)
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Draw response laws for batches of which only the controls are known."""
+    check_output(out, force, file)
+    _check_cells(
+        cells, {"--cells-per-population": cells_per_population, "--draw-index": draw_index, "--draws": draws}
+    )
+    if cells is not None:
+        check_output(cells, force, file, out)
+    from hilbertcell.data.draws_io import write_draws
+    from hilbertcell.inference.fit import load_fit
+
+    wanted = None if targets is None else _read_targets(existing(targets))
+    fitted = load_fit(existing(fit))
+    populations = read_file(file, **vars(fitted.keys), require=() if observe else ("control",))
+    unused = populations.labels.loc[~populations.labels["is_control"], "num_cells"].sum()
+    if unused and not observe:
+        notices.print(
+            f"{unused:,} perturbed cells of {file} are ignored (--observe learns from them)", highlight=False
+        )
+    drawn = fitted.predict(
+        populations,
+        targets=wanted,
+        num_samples=num_samples,
+        seed=seed,
+        observe=observe,
+        new_batch=new_batch,
+        progress=True,
+    )
+    if cells is not None:
+        sampled = fitted.sample_cells(
+            drawn,
+            populations,
+            cells_per_population=cells_per_population,
+            draw_index=draw_index,
+            num_draws=draws,
+            seed=seed,
+        )
+        with whole_file(cells) as path:
+            sampled.write_h5ad(path, compression="gzip")
+        notices.print(f"{sampled.n_obs:,} cells written to {cells}", highlight=False, markup=False)
+    with whole_file(out) as path:
+        write_draws(drawn, path)
+    sizes = drawn["predictions"].sizes
+    notices.print(
+        f"{sizes['draw']:,} draws of {sizes['population']:,} populations written to {out}",
+        highlight=False,
+        markup=False,
+    )
+
+
+@command(app)
+def evaluate(
+    draws: Draws,
+    truth: Annotated[Path, _file("TRUTH.h5ad", "Cells that hold the predicted populations.")],
+    out: Annotated[Path, _out("SCORES.json", "Where the scores are written.")],
+    cells: Annotated[Path | None, _given("CELLS.h5ad", "Predicted cells, scored as well.")] = None,
+    force: Force = False,
+) -> None:
+    """Score draws, and cells, against the populations that were measured after all."""
+    raise UsageProblem("not yet")
+
+
+@command(app)
+def report(
+    draws: Draws,
+    out: Annotated[Path, _out("REPORT.html", "Where the page is written.")],
+    force: Force = False,
+) -> None:
+    """Turn draws into a page that shows how far to trust them."""
+    check_output(out, force, draws)
+    from hilbertcell.analyses.report import report as write_report
+    from hilbertcell.data.draws_io import read_draws
+
+    with whole_file(out) as path:
+        write_report(read_draws(existing(draws)), path)
+    notices.print(f"report written to {out}", highlight=False, markup=False)
+
+
+@command(app)
+def simulate(
+    out: Annotated[Path, _out("FILE", "Where the cells are written, as h5ad.")],
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Write simulated donors with known microenvironments; the truth lies in uns['truth']."""
+    check_output(out, force)
+    from hilbertcell.analyses.simulated import simulate as simulate_cells
+
+    cells = simulate_cells(seed)
+    with whole_file(out) as path:
+        cells.write_h5ad(path, compression="gzip")
+    notices.print(
+        f"{cells.n_obs:,} cells x {cells.n_vars:,} genes written to {out}", highlight=False, markup=False
+    )
+
+
+@command(app)
+def demo(
+    file: Annotated[Path | None, _file("FILE", "Cells, as h5ad; without it, simulated donors.")] = None,
+    keys: KeyOptions | None = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything the demo makes.")] = Path(
+        "demo"
+    ),
+    force: Force = False,
+) -> None:
+    """From cells to a report in one go: inspect, split, fit, predict, evaluate, report."""
+    if (file is None) != (keys is None):
+        raise UsageProblem(
+            "a FILE needs --perturbation, --control, --context and --batch, and they need a FILE"
+        )
+    check_output(out, force, folder=True)
+    from hilbertcell.analyses.demo import run_demo
+
+    run_demo(file, keys, out)
+
+
+def _check_cells(cells: Path | None, options: dict[str, int | None]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given and cells is None:
+        raise UsageProblem(
+            f"{', '.join(given)} without --cells: name the file that the cells are to be written to"
+        )
+    if "--draw-index" in given and "--draws" in given:
+        raise UsageProblem("--draw-index and --draws exclude each other: one drawn population, or several")
+
+
+def _read_targets(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(
+            path, dtype={"context": str, "perturbation": str, "batch": str}, keep_default_na=False
+        )
+        return table.astype({"dose": float}) if "dose" in table else table
+    except (UnicodeDecodeError, ValueError) as error:
+        raise UsageProblem(
+            f"{path}: cannot be read as a table of targets ({error}); write it as CSV with a header"
+        ) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="hilbertcell")

@@ -1,0 +1,213 @@
+"""What a benchmark compares: things that learn from training populations and then predict from a batch's controls.
+
+A `Fitter` turns training populations into a `Predictor`; that one is asked for draws of means (`law`), for cells
+(`cells`), or both, given populations of batches it has not seen: their controls, and a few perturbed cells where the
+benchmark gives them. It never sees a held-out population: what is not in its arguments cannot leak.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from hilbertcell.analyses.gene_table import (
+    GeneTable,
+    baseline_inputs,
+    condition_names,
+    controls_of,
+    gene_table,
+    natural_cells,
+)
+from hilbertcell.data.anndata_io import read_populations
+from hilbertcell.data.populations import Populations
+from hilbertcell.models import baselines
+
+LawPredictor = Callable[["Screen", pd.DataFrame, int], np.ndarray]
+CellPredictor = Callable[["Screen", pd.DataFrame, np.ndarray, int], list[np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Populations with the table of their gene means, which is streamed from the cells when first asked for."""
+
+    populations: Populations
+    known_table: GeneTable | None = None
+
+    @cached_property
+    def table(self) -> GeneTable:
+        """Gene means, variances and cell numbers of all populations."""
+        return self.known_table or gene_table(self.populations)
+
+    def select(self, mask: np.ndarray) -> "Screen":
+        """Only the populations where `mask` (P,) is true."""
+        return Screen(self.populations.select(mask), self.table.select(mask))
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What a model can answer.
+
+    `law(given, targets, seed)` returns draws (S, T, G) of the latent means of T targets (rows of labels);
+    `cells(given, targets, num_cells (T,), seed)` one array (num_cells, G) of cells per target. Natural scale.
+    """
+
+    law: LawPredictor | None = None
+    cells: CellPredictor | None = None
+
+
+Fitter = Callable[[Screen], Predictor]
+
+
+def baseline_fitters(num_draws: int = 500) -> dict[str, Fitter]:
+    """The baselines of a first benchmark, by the names that tables show."""
+    return {
+        "null": _from_table(baselines.mean_shift_null, num_draws),
+        "no change": no_change_fitter(num_draws),
+        "training means": _from_table(baselines.perturbation_mean, num_draws),
+        "training cells": training_cells_fitter(num_draws),
+        "Student-t null": _from_table(baselines.student_t_null, num_draws),
+        "own-baseline slope": _from_table(baselines.own_baseline_slope, num_draws),
+    }
+
+
+def no_change_fitter(num_draws: int) -> Fitter:
+    """The given controls: their mean with its noise, and their cells."""
+
+    def law(given: Screen, targets: pd.DataFrame, seed: int, training: GeneTable) -> np.ndarray:
+        _, wanted = baseline_inputs(training, given.table, targets)
+        return baselines.no_change(wanted, num_draws, np.random.default_rng(seed))
+
+    def cells(given: Screen, targets: pd.DataFrame, num_cells: np.ndarray, seed: int) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        labels = given.populations.labels
+        control = labels["is_control"].to_numpy(dtype=bool)
+        return [
+            _cells_of(
+                given.populations,
+                labels.index[
+                    control
+                    & (labels["context"] == context).to_numpy()
+                    & (labels["batch"] == batch).to_numpy()
+                ],
+                number,
+                rng,
+            )
+            for context, batch, number in zip(targets["context"], targets["batch"], num_cells, strict=True)
+        ]
+
+    return lambda training: Predictor(
+        lambda given, targets, seed: law(given, targets, seed, training.table), cells
+    )
+
+
+def training_cells_fitter(num_draws: int) -> Fitter:
+    """Real perturbed cells of the training batches, same context and condition, pooled.
+
+    As a law it is one population, with the sampling noise of as many cells as the batch has controls: all the
+    spread that a model of one population has.
+    """
+
+    def fitter(training: Screen) -> Predictor:
+        labels = training.populations.labels
+        condition = condition_names(labels)
+
+        def replicates(context: str, wanted: str) -> np.ndarray:
+            rows = ((condition == wanted) & (labels["context"] == context) & ~labels["is_control"]).to_numpy()
+            return rows if rows.any() else ((condition == wanted) & ~labels["is_control"]).to_numpy()
+
+        def law(given: Screen, targets: pd.DataFrame, seed: int) -> np.ndarray:
+            _, _, number = controls_of([given.table, training.table], targets)
+            shape = (len(targets), len(training.populations.genes))
+            mean, noise = np.full(shape, np.nan), np.full(shape, np.nan)
+            for t, pair in enumerate(zip(targets["context"], condition_names(targets), strict=True)):
+                rows = replicates(*pair)
+                if rows.any():
+                    pool = training.table.select(rows)
+                    weight = pool.n / pool.n.sum()
+                    mean[t] = weight @ pool.mean
+                    noise[t] = weight @ (pool.variance + (pool.mean - mean[t]) ** 2) / number[t]
+            rng = np.random.default_rng(seed)
+            return mean + np.sqrt(noise) * rng.standard_normal((num_draws, *shape))
+
+        def cells(given: Screen, targets: pd.DataFrame, num_cells: np.ndarray, seed: int) -> list[np.ndarray]:
+            rng = np.random.default_rng(seed)
+            pairs = zip(targets["context"], condition_names(targets), strict=True)
+            return [
+                _cells_of(training.populations, labels.index[replicates(*pair)], number, rng)
+                for pair, number in zip(pairs, num_cells, strict=True)
+            ]
+
+        return Predictor(law, cells)
+
+    return fitter
+
+
+def hilbertcell_fitter(
+    num_draws: int = 500, seed: int = 0, settings: object = None, cells: bool = True
+) -> Fitter:
+    """The suite's own hidden-factor program; perturbed cells among the given ones are conditioned on."""
+
+    def fitter(training: Screen) -> Predictor:
+        from hilbertcell.inference.fit import fit  # imports jax, which baselines do not need
+
+        fitted = fit(training.populations, seed=seed, settings=settings)
+
+        def draw(given: Screen, targets: pd.DataFrame, seed: int) -> xr.DataTree:
+            observe = not given.populations.labels["is_control"].all()
+            columns = [name for name in ("context", "perturbation", "dose", "batch") if name in targets]
+            return fitted.predict(
+                given.populations,
+                targets=targets[columns].reset_index(drop=True),
+                num_samples=num_draws,
+                seed=seed,
+                observe=bool(observe),
+            )
+
+        def law(given: Screen, targets: pd.DataFrame, seed: int) -> np.ndarray:
+            mean = draw(given, targets, seed)["predictions"]["mean"]
+            return np.asarray(mean.sel(population=list(targets.index)).values[0], dtype=np.float64)
+
+        def sample(
+            given: Screen, targets: pd.DataFrame, num_cells: np.ndarray, seed: int
+        ) -> list[np.ndarray]:
+            draws = draw(given, targets, seed)
+            predicted = fitted.sample_cells(draws, given.populations, seed=seed)
+            keys = training.populations.keys.to_dict()
+            populations = read_populations(predicted, **keys, require=("perturbed",))
+            rng = np.random.default_rng(seed)
+            return [
+                _cells_of(populations, [name], number, rng)
+                for name, number in zip(targets.index, num_cells, strict=True)
+            ]
+
+        return Predictor(law, sample if cells else None)
+
+    return fitter
+
+
+def _from_table(baseline: Callable[..., np.ndarray], num_draws: int) -> Fitter:
+    """A baseline that needs the table of means only."""
+
+    def fitter(training: Screen) -> Predictor:
+        def law(given: Screen, targets: pd.DataFrame, seed: int) -> np.ndarray:
+            table, wanted = baseline_inputs(training.table, given.table, targets)
+            return baseline(table, wanted, num_draws, np.random.default_rng(seed))
+
+        return Predictor(law)
+
+    return fitter
+
+
+def _cells_of(
+    populations: Populations, names: Sequence[str] | pd.Index, number: int, rng: np.random.Generator
+) -> np.ndarray:
+    """`number` cells (number, G) of the pooled populations, without replacement. Raises: ValueError if too few."""
+    positions = (
+        np.concatenate([populations.cells_of(name) for name in names]) if len(names) else np.empty(0, int)
+    )
+    if len(positions) < number:
+        raise ValueError(f"{number} cells were asked for, populations {list(names)} have {len(positions)}")
+    return natural_cells(populations, np.sort(rng.choice(positions, number, replace=False)))

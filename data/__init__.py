@@ -1,0 +1,1 @@
+"""From files of cells to populations, and back. AnnData ends here."""

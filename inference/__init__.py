@@ -1,0 +1,1 @@
+"""How programs are learned, sampled and conditioned: from arrays and labels to fits and labelled draws."""

@@ -1,0 +1,116 @@
+"""Fits as folders: safetensors for arrays, JSON for names and settings, netCDF for the course of inference; no pickle."""
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from hilbertcell.data.moments import Moments
+from hilbertcell.data.populations import Keys
+from hilbertcell.data.splits import labels_hash
+from hilbertcell.inference.fit import Fit
+from hilbertcell.inference.settings import Settings
+from hilbertcell.models.embedding import Coordinates
+from hilbertcell.models.feature_maps import FeatureMap
+from hilbertcell.models.within_covariance import WithinPrior
+
+FORMAT = 1
+_PARTS = {"feature_map": FeatureMap, "prior": WithinPrior, "coordinates": Coordinates, "moments": Moments}
+_PACKAGES = ("hilbertcell", "jax", "numpyro", "numpy")
+
+
+def save_fit(fit: Fit, path: Path, *, force: bool = False) -> None:
+    """Write a fit as the folder `path`, complete or not at all.
+
+    Raises:
+        FileExistsError: `path` exists and `force` is not set.
+    """
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; choose another folder or force its replacement")
+    arrays = {"scores_center": fit.scores_center}
+    for name in _PARTS:
+        arrays |= {f"{name}.{key}": value for key, value in getattr(fit, name).to_arrays().items()}
+    arrays |= {f"params.{key}": value for key, value in fit.params.items()}
+    if fit.features is not None:
+        arrays["features"] = fit.features.to_numpy(dtype=np.float64)
+    manifest = {
+        "format": FORMAT,
+        "versions": {package: version(package) for package in _PACKAGES},
+        "keys": fit.keys.to_dict(),
+        "genes": fit.genes.astype(str).tolist(),
+        "settings": fit.settings.model_dump(),
+        "seed": fit.seed,
+        "split_hash": fit.split_hash,
+        "held_out": list(fit.held_out),
+        "labels_hash": labels_hash(fit.moments.labels),
+        "populations": fit.moments.labels.index.tolist(),
+        "feature_names": None if fit.features is None else list(map(str, fit.features.columns)),
+        "feature_rows": None if fit.features is None else list(map(str, fit.features.index)),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        folder = Path(scratch) / "fit"
+        folder.mkdir()
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / "arrays.safetensors")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        stats = xr.Dataset({"elbo": (("chain", "svi_step"), -fit.losses[None])})
+        xr.DataTree.from_dict({"sample_stats": stats}).to_netcdf(folder / "inference.nc")
+        for file in folder.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        folder.rename(path)
+
+
+def read_fit(path: Path) -> Fit:
+    """Read a fit that `save_fit` wrote.
+
+    Raises:
+        ValueError: the folder is not a fit, is incomplete or damaged, or was written in another format.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        arrays = load_file(path / "arrays.safetensors")
+        with xr.open_datatree(path / "inference.nc") as tree:
+            losses = -tree["sample_stats"]["elbo"].to_numpy()[0]
+    except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is not a complete fit ({error}); make one with `hilbertcell fit`") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was written in format {manifest.get('format')}, this version reads {FORMAT}; fit again"
+        )
+    parts: dict[str, Any] = {
+        name: kind.from_arrays(_under(arrays, name)) for name, kind in _PARTS.items()
+    }
+    features = None
+    if manifest["feature_rows"] is not None:
+        features = pd.DataFrame(
+            arrays["features"], index=manifest["feature_rows"], columns=manifest["feature_names"]
+        )
+    return Fit(
+        keys=Keys.from_dict(manifest["keys"]),
+        genes=np.array(manifest["genes"], dtype=str),
+        settings=Settings(**manifest["settings"]),
+        seed=manifest["seed"],
+        split_hash=manifest["split_hash"],
+        held_out=tuple(manifest["held_out"]),
+        scores_center=arrays["scores_center"],
+        features=features,
+        params=_under(arrays, "params"),
+        losses=losses,
+        **parts,
+    )
+
+
+def _under(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(f"{prefix}."): value for name, value in arrays.items() if name.startswith(f"{prefix}.")}

@@ -1,0 +1,270 @@
+"""Fit a hidden-factor program to populations, and predict with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import xarray as xr
+from rich.progress import Progress
+
+from hilbertcell.data.moments import Moments, stream_moments
+from hilbertcell.data.perturbations import PerturbationTable, perturbation_table
+from hilbertcell.data.populations import Keys, Populations
+from hilbertcell.data.splits import Split, check_no_leak, check_same_data
+from hilbertcell.inference.guides import BlockGuide
+from hilbertcell.inference.settings import Settings
+from hilbertcell.inference.svi import fit_svi
+from hilbertcell.inference.tables import (
+    ProgramTable,
+    Standardisation,
+    Vocabulary,
+    condition_of,
+    program_table,
+    shrunken_covariance,
+    vocabulary,
+    within_codes,
+)
+from hilbertcell.models.effects import similarity_kernels
+from hilbertcell.models.embedding import Coordinates, fit_coordinates
+from hilbertcell.models.feature_maps import FeatureMap, fit_feature_map
+from hilbertcell.models.hidden_factors import hidden_factor_program
+from hilbertcell.models.within_covariance import WithinCovariance, WithinPrior, fit_loadings, fit_within_prior
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted hidden-factor program with all that prediction needs; everything else is derived.
+
+    Attributes:
+        keys: what the obs columns of the training file meant.
+        genes: (G,) names, in the order of the gene block.
+        settings: the settings it ran with.
+        seed: the seed it ran with.
+        split_hash: hash of the labels that the hold-out was made from, or None.
+        held_out: names of the populations that training did not see.
+        feature_map, prior, coordinates: the embedding, fixed on training populations.
+        scores_center: (D,) origin of the noise-factor scores.
+        moments: streamed moments of the training populations.
+        features: perturbation features given to the fit, or None.
+        params: variational parameters.
+        losses: (steps,) negative ELBO.
+
+    """
+
+    keys: Keys
+    genes: np.ndarray
+    settings: Settings
+    seed: int
+    split_hash: str | None
+    held_out: tuple[str, ...]
+    feature_map: FeatureMap
+    prior: WithinPrior
+    coordinates: Coordinates
+    scores_center: np.ndarray
+    moments: Moments
+    features: pd.DataFrame | None
+    params: dict[str, np.ndarray]
+    losses: np.ndarray
+
+    @cached_property
+    def names(self) -> Vocabulary:
+        """Contexts and conditions that training saw."""
+        return vocabulary(self.moments.labels)
+
+    @cached_property
+    def within(self) -> WithinCovariance:
+        """Within-population covariances of the training populations."""
+        return shrunken_covariance(self.moments, self.prior, self.names.contexts)
+
+    @cached_property
+    def unit(self) -> Standardisation:
+        """Standardisation of the features: centre and total standard deviation of the training cells' classes."""
+        total = self.prior.pooled_variance + self.moments.mean.var(axis=0)
+        return Standardisation(self.moments.mean.mean(axis=0), np.sqrt(total))
+
+    @cached_property
+    def table(self) -> ProgramTable:
+        """Training populations by batch."""
+        return program_table(
+            self.moments.labels, self.moments.mean, self.within.noise_variance, self.names, self.unit
+        )
+
+    @cached_property
+    def perturbations(self) -> PerturbationTable:
+        """Structure of the perturbations that training saw."""
+        names = list(dict.fromkeys(perturbation for _, perturbation, _ in self.names.conditions))
+        return perturbation_table(names, self.keys.control, features=self.features)
+
+    @property
+    def num_factors(self) -> int:
+        """Upper bound on the factors: the setting, but no more than the batches can tell apart."""
+        return min(self.settings.num_factors, max(len(self.table.batches) - 1, 0))
+
+    @cached_property
+    def program_args(self) -> tuple[Any, ...]:
+        """Arguments of `hidden_factor_program` for the training populations."""
+        kernels = similarity_kernels(self.names.structure(self.perturbations))
+        stacked = jnp.asarray(np.stack(list(kernels.values())))
+        observations = jax.tree.map(jnp.asarray, self.table.observations)
+        block = (np.arange(self.feature_map.num_features) >= self.feature_map.num_genes).astype(int)
+        return observations, stacked, self.names.level_index(), block, self.num_factors, observations.mean
+
+    def guide(self) -> BlockGuide:
+        """The variational family of the fit, starting from the observed effects."""
+        labels, standard = self.moments.labels, self.unit.apply(self.moments.mean)
+        rng = np.random.default_rng(self.seed)
+        initial = _initial_values(labels, standard, self.names)
+        if self.num_factors:  # zero loadings are a saddle point
+            initial["loading"] = 0.1 * rng.standard_normal((standard.shape[1], 2, self.num_factors))
+        return BlockGuide(hidden_factor_program, *self.program_args, initial=initial)
+
+    def predict(
+        self,
+        populations: Populations,
+        *,
+        targets: pd.DataFrame | None = None,
+        num_samples: int = 500,
+        seed: int = 0,
+        observe: bool = False,
+        new_batch: bool = False,
+        progress: bool = False,
+    ) -> xr.DataTree:
+        """Draws of whole response distributions for the batches of `populations`; see `inference.draws.predict`."""
+        from hilbertcell.inference.draws import predict
+
+        return predict(
+            self, populations, targets=targets, num_samples=num_samples, seed=seed, observe=observe,
+            new_batch=new_batch, progress=progress,
+        )  # fmt: skip
+
+    def sample_cells(self, draws: xr.DataTree, populations: Populations, **options: Any) -> Any:
+        """Predicted cells as AnnData; see `inference.cells.sample_cells`."""
+        from hilbertcell.inference.cells import sample_cells
+
+        return sample_cells(draws, populations, **options)
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the fit as a folder; see `inference.checkpoints.save_fit`."""
+        from hilbertcell.inference.checkpoints import save_fit
+
+        save_fit(self, Path(path), force=force)
+
+    def summarise(self, populations: Populations, *, progress: bool = False) -> Moments:
+        """Moments of other populations under this fit's feature map (one streaming pass)."""
+        return stream_moments(
+            populations, self.feature_map, self.prior.scores, self.scores_center, progress=progress
+        )
+
+
+def load_fit(path: str | Path) -> Fit:
+    """Read a fit that `Fit.save` wrote; see `inference.checkpoints.read_fit`."""
+    from hilbertcell.inference.checkpoints import read_fit
+
+    return read_fit(Path(path))
+
+
+def fit(
+    populations: Populations,
+    *,
+    holdout: Split | None = None,
+    seed: int = 0,
+    settings: Settings | None = None,
+    progress: bool = False,
+) -> Fit:
+    """Fit the hidden-factor program to the populations that `holdout` does not hide.
+
+    Batches all of whose perturbed populations are hidden are left out altogether: they stay new batches, whose
+    controls are conditioned on at prediction.
+
+    Raises:
+        ValueError: fewer than two batches, no control or no perturbed population is left for training.
+        LeakError: a hidden population reached training.
+    """
+    settings = settings or Settings()
+    train = training_populations(populations, holdout)
+    pilot, codes = train.pilot(settings.max_pilot_cells, seed)
+    feature_map = fit_feature_map(pilot, settings.num_components, settings.num_random_features, seed)
+    scores, center = fit_loadings(feature_map(pilot), codes, settings.noise_rank)
+    moments = stream_moments(train, feature_map, scores, center, progress=progress)
+    if holdout is not None:
+        check_no_leak(holdout, moments.labels.index)
+    names = vocabulary(moments.labels)
+    classes = within_codes(moments.labels, names.contexts)
+    prior = fit_within_prior(moments.n, moments.variance, moments.factor_covariance, classes, scores)
+    coordinates = embed(moments, prior, names, settings.max_coordinates)
+    start = Fit(
+        populations.keys, populations.genes, settings, seed, holdout.labels_hash if holdout else None,
+        holdout.held_out if holdout else (), feature_map, prior, coordinates, center, moments,
+        populations.perturbation_features, {}, np.zeros(0),
+    )  # fmt: skip
+    return infer(start, progress=progress)
+
+
+def embed(moments: Moments, prior: WithinPrior, names: Vocabulary, max_coordinates: int) -> Coordinates:
+    """Signal-ordered coordinates of the populations in `moments`; all of them are used."""
+    conditions = pd.factorize(pd.Series(condition_of(moments.labels)))[0]
+    within = shrunken_covariance(moments, prior, names.contexts)
+    return fit_coordinates(moments.mean, within, prior, conditions, max_coordinates)
+
+
+def infer(start: Fit, *, progress: bool = False) -> Fit:
+    """Run variational inference for a fit whose embedding and moments are in place."""
+    settings = start.settings
+    with jax.enable_x64(True), Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("inference", total=settings.num_steps)
+        advance: Callable[[int], None] = lambda steps: bar.advance(task, steps)  # noqa: E731
+        result = fit_svi(
+            jax.random.key(start.seed), hidden_factor_program, start.guide(), start.program_args,
+            num_steps=settings.num_steps, learning_rate=settings.learning_rate,
+            num_particles=settings.num_particles, on_progress=advance,
+        )  # fmt: skip
+        params = {name: np.asarray(value) for name, value in result.params.items()}
+    return Fit(**{**_fields(start), "params": params, "losses": result.losses})
+
+
+def training_populations(populations: Populations, holdout: Split | None) -> Populations:
+    """Populations left for training; see `fit`."""
+    labels = populations.labels
+    keep = np.ones(len(labels), dtype=bool)
+    if holdout is not None:
+        check_same_data(holdout, labels)
+        keep = ~labels.index.isin([*holdout.held_out, *holdout.given])
+        perturbed = ~labels["is_control"]
+        had, has = set(labels["batch"][perturbed]), set(labels["batch"][perturbed & keep])
+        keep &= ~labels["batch"].isin(had - has).to_numpy()
+    left = labels[keep]
+    if left["is_control"].all() or not left["is_control"].any() or left["batch"].nunique() < 2:
+        raise ValueError(
+            f"{len(left)} populations of {left['batch'].nunique()} batch(es), {int(left['is_control'].sum())} of them "
+            "controls, are left for training; a fit needs controls, perturbed populations and two batches: hide less"
+        )
+    return populations.select(keep)
+
+
+def _fields(fit_: Fit) -> dict[str, Any]:
+    return {name: getattr(fit_, name) for name in Fit.__dataclass_fields__}
+
+
+def _initial_values(labels: pd.DataFrame, standard: np.ndarray, names: Vocabulary) -> dict[str, np.ndarray]:
+    """Observed control means and effects as a start; standardised features (P, D)."""
+    control = labels["is_control"].to_numpy(dtype=bool)
+    context, batch = labels["context"].to_numpy(), labels["batch"].to_numpy()
+    own = {(context[j], batch[j]): standard[j] for j in np.flatnonzero(control)}
+    overall = standard[control].mean(axis=0)
+    of_context = {c: standard[control & (context == c)] for c in names.contexts}
+    alpha = {c: rows.mean(axis=0) if len(rows) else overall for c, rows in of_context.items()}
+    effects: dict[Any, list[np.ndarray]] = {condition: [] for condition in names.conditions}
+    keys = condition_of(labels)
+    for j in np.flatnonzero(~control):
+        effects[keys[j]].append(standard[j] - own.get((context[j], batch[j]), alpha[context[j]]))
+    return {
+        "alpha": np.stack([alpha[c] for c in names.contexts], axis=1),
+        "effect": np.stack([np.mean(effects[condition], axis=0) for condition in names.conditions], axis=1),
+        "slope": np.zeros(standard.shape[1]),
+    }

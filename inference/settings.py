@@ -1,0 +1,33 @@
+"""Settings of a fit: a TOML file, checked before anything is read or computed."""
+
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Settings(BaseModel):
+    """Everything a fit can be told beside the data; `fit` stores the values it ran with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_factors: int = Field(3, ge=0, le=32, description="upper bound on microenvironment factors")
+    num_random_features: int = Field(48, ge=0, description="random Fourier features beside the genes")
+    num_components: int = Field(16, ge=1, description="principal components that the random features see")
+    max_pilot_cells: int = Field(20_000, ge=10, description="training cells that fix components and bandwidths")
+    noise_rank: int = Field(24, ge=1, le=128, description="rank of the within-population covariance")
+    max_coordinates: int = Field(64, ge=1, description="upper bound on signal-ordered coordinates")
+    num_steps: int = Field(1500, ge=10, description="steps of stochastic variational inference")
+    learning_rate: float = Field(0.02, gt=0, description="largest step of Adam; decays along a cosine")
+    num_particles: int = Field(2, ge=1, description="draws of the guide per step")
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> "Settings":
+        """Read settings; raises ValueError naming every unknown or impossible entry."""
+        try:
+            return cls(**tomllib.loads(Path(path).read_text()))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{path}: {faults}. Known settings: {', '.join(cls.model_fields)}") from None

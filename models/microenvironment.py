@@ -1,0 +1,221 @@
+"""The law of all populations of one batch, its microenvironment integrated out in closed form.
+
+Generative process of one batch with microenvironment `u`, per feature `g` (mathematics: hidden-factor program):
+
+    u ~ N(0, I_K)                              microenvironment, shared by all features and populations
+    d_g ~ N(0, batch_scale_g^2)                what is left of the batch in the feature, shared by its populations
+    x_cg ~ N(Gamma_g . u, baseline_scale_g^2)  deviation of the control mean of context c from alpha_cg
+    control mean    = alpha_cg + x_cg
+    perturbed mean  = alpha_cg + x_cg + effect_jg
+                      + s_j (slope_g x_cg + d_g + Lambda_g . u) + N(0, (s_j response_scale_g)^2)
+    observed mean   = mean + N(0, noise variance / n)
+
+`s_j >= 0` is the strength of the condition: a null perturbation (`s = 0`) transmits nothing of the batch.
+Given the globals everything is linear and Gaussian. Per feature the batch enters only through two scalars,
+`rho = d + Lambda.u` and `kappa = Gamma.u`; eliminating `x_c` and `d` leaves a 3 x 3 quadratic form in
+`(1, rho, kappa)`, and summing these over features a K x K system for `u`. Cost: O(populations x features).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array
+from jax.scipy.linalg import cho_solve, solve_triangular
+from numpyro.distributions import constraints
+
+_LOG_2PI = 1.8378770664093453
+
+
+class Globals(NamedTuple):
+    """Unknowns shared by all batches, in standardised feature units; C contexts, E conditions, D features."""
+
+    alpha: Array  # (C, D) mean of the controls
+    effect: Array  # (E, D) mean response of each condition (context, perturbation, dose)
+    effect_scale: Array  # (D,) prior scale of the effects, for conditions never seen
+    strength: Array  # (E,) how much of the batch a condition transmits, >= 0
+    slope: Array  # (D,) change of the response per unit of own-baseline deviation
+    baseline_loading: Array  # (D, K) Gamma
+    response_loading: Array  # (D, K) Lambda
+    baseline_scale: Array  # (C, D) sd of a control mean around alpha + Gamma u
+    response_scale: Array  # (C, D) sd of a response of unit strength around its mean
+    batch_scale: Array  # (D,) sd of d
+
+
+class Observations(NamedTuple):
+    """Observed population means of batches; slots `0..C-1` are the controls, one per context.
+
+    Leading axes are free (a whole table has `(B,)`, one batch none). Unused slots have `observed` False and
+    finite filler in `mean`, `noise`.
+    """
+
+    mean: Array  # (..., C + J, D) standardised embedding means
+    noise: Array  # (..., C + J, D) variance of the mean's sampling noise, C_j / n_j
+    observed: Array  # (..., C + J) bool
+    condition: Array  # (..., J) int, index into `Globals.effect`
+    context: Array  # (..., J) int, index into `Globals.alpha`
+
+
+class _Form(NamedTuple):
+    """Quadratic form of one batch after eliminating `x` (and what is needed to draw `x` back)."""
+
+    precision: Array  # (C, D) of x given rho, kappa
+    b_one: Array  # (C, D) x = (b_one + b_rho rho + prior kappa) / precision
+    b_rho: Array  # (C, D)
+    prior: Array  # (C, D)
+    n_one_rho: Array  # (D,) entries of the form before d is eliminated
+    n_rho_rho: Array
+    n_rho_kappa: Array
+    gain: Array  # (D,) posterior variance of d given rho, kappa
+    u_mean: Array  # (K,)
+    u_chol: Array  # (K, K) lower Cholesky factor of the posterior precision of u
+    log_density: Array  # ()
+
+
+def _eliminate(globals_: Globals, batch: Observations) -> _Form:
+    """Integrate out `x`, `d` and `u` of one batch."""
+    num_contexts = globals_.alpha.shape[0]
+    observed = batch.observed.astype(batch.mean.dtype)[:, None]
+    control_mask, mask = observed[:num_contexts], observed[num_contexts:]
+    strength = globals_.strength[batch.condition][:, None]
+    residual = batch.mean[num_contexts:] - globals_.alpha[batch.context] - globals_.effect[batch.condition]
+    own = 1.0 + strength * globals_.slope
+    variance = (strength * globals_.response_scale[batch.context]) ** 2 + batch.noise[num_contexts:]
+    weight = mask / variance
+    deviation = batch.mean[:num_contexts] - globals_.alpha
+    control_weight = control_mask / batch.noise[:num_contexts]
+    prior = globals_.baseline_scale**-2
+
+    def per_context(values: Array) -> Array:
+        return jax.ops.segment_sum(values, batch.context, num_contexts)
+
+    precision = prior + control_weight + per_context(weight * own**2)
+    b_one = control_weight * deviation + per_context(weight * own * residual)
+    b_rho = -per_context(weight * own * strength)
+    n_one = (control_weight * deviation**2).sum(0) + (weight * residual**2).sum(0) - (b_one**2 / precision).sum(0)
+    n_one_rho = -(weight * residual * strength).sum(0) - (b_one * b_rho / precision).sum(0)
+    n_rho_rho = (weight * strength**2).sum(0) - (b_rho**2 / precision).sum(0)
+    n_one_kappa = -(b_one * prior / precision).sum(0)
+    n_rho_kappa = -(b_rho * prior / precision).sum(0)
+    n_kappa = (prior * (precision - prior) / precision).sum(0)
+
+    # d adds to rho with prior precision batch_scale^-2; its Schur complement, written so that scale 0 is legal.
+    gain = globals_.batch_scale**2 / (1.0 + n_rho_rho * globals_.batch_scale**2)
+    gamma, lam = globals_.baseline_loading, globals_.response_loading
+    u_precision = (
+        jnp.eye(gamma.shape[1], dtype=gamma.dtype)
+        + jnp.einsum("d,dk,dl->kl", n_rho_rho - gain * n_rho_rho**2, lam, lam)
+        + jnp.einsum("d,dk,dl->kl", n_kappa - gain * n_rho_kappa**2, gamma, gamma)
+    )
+    cross = jnp.einsum("d,dk,dl->kl", n_rho_kappa - gain * n_rho_rho * n_rho_kappa, lam, gamma)
+    u_chol = jnp.linalg.cholesky(u_precision + cross + cross.T)
+    linear = -(
+        (n_one_rho - gain * n_one_rho * n_rho_rho) @ lam + (n_one_kappa - gain * n_one_rho * n_rho_kappa) @ gamma
+    )
+    u_mean = cho_solve((u_chol, True), linear)
+    log_determinant = (
+        jnp.log(precision / prior).sum()
+        + jnp.log1p(n_rho_rho * globals_.batch_scale**2).sum()
+        + 2.0 * jnp.log(jnp.diagonal(u_chol)).sum()
+        + (mask * (jnp.log(variance) + _LOG_2PI)).sum()
+        + (control_mask * (jnp.log(batch.noise[:num_contexts]) + _LOG_2PI)).sum()
+    )
+    square = (n_one - gain * n_one_rho**2).sum() - linear @ u_mean
+    return _Form(
+        precision, b_one, b_rho, prior, n_one_rho, n_rho_rho, n_rho_kappa, gain,
+        u_mean, u_chol, -0.5 * (square + log_determinant),
+    )  # fmt: skip
+
+
+def log_density(globals_: Globals, batch: Observations) -> Array:
+    """Collapsed log density of the observed means of one batch, a scalar."""
+    return _eliminate(globals_, batch).log_density
+
+
+class Latents(NamedTuple):
+    """Latents of one batch, standardised feature units."""
+
+    microenvironment: Array  # (K,) u
+    batch_effect: Array  # (D,) d
+    control_mean: Array  # (C, D) alpha + x
+
+
+def draw_latents(key: Array, globals_: Globals, batch: Observations) -> Latents:
+    """One exact draw of the latents of a batch given the globals and whatever was observed of it."""
+    form = _eliminate(globals_, batch)
+    key_u, key_d, key_x = jax.random.split(key, 3)
+    dtype = globals_.alpha.dtype
+    noise = jax.random.normal(key_u, form.u_mean.shape, dtype)
+    u = form.u_mean + solve_triangular(form.u_chol.T, noise, lower=False)
+    kappa, rho = globals_.baseline_loading @ u, globals_.response_loading @ u
+    shift = form.n_one_rho + form.n_rho_rho * rho + form.n_rho_kappa * kappa
+    d = -form.gain * shift + jnp.sqrt(form.gain) * jax.random.normal(key_d, rho.shape, dtype)
+    rho = rho + d
+    x = (form.b_one + form.b_rho * rho + form.prior * kappa) / form.precision
+    x = x + jax.random.normal(key_x, x.shape, dtype) / jnp.sqrt(form.precision)
+    return Latents(u, d, globals_.alpha + x)
+
+
+def draw_response(
+    key: Array, globals_: Globals, latents: Latents, condition: Array, context: Array, seen: Observations | None
+) -> Array:
+    """Draw latent perturbed means (T, D) of target conditions given the latents of their batch.
+
+    Args:
+        key: random key.
+        globals_: one draw of the globals.
+        latents: one draw of the batch's latents.
+        condition: (T,) index of each target's condition.
+        context: (T,) index of each target's context.
+        seen: observations of the targets themselves, `mean`, `noise` (T, D) and `observed` (T,), or None: then
+            every target is unseen. A target that was seen is drawn given its own cells too.
+    """
+    strength = globals_.strength[condition][:, None]
+    x = latents.control_mean[context] - globals_.alpha[context]
+    common = latents.batch_effect + globals_.response_loading @ latents.microenvironment
+    mean = latents.control_mean[context] + globals_.effect[condition] + strength * (globals_.slope * x + common)
+    variance = (strength * globals_.response_scale[context]) ** 2
+    if seen is not None:
+        gain = seen.observed[:, None] * variance / (variance + seen.noise)
+        mean = mean + gain * (seen.mean - mean)
+        variance = variance * (1.0 - gain)
+    return mean + jnp.sqrt(variance) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+class PopulationMeans(dist.Distribution):
+    """The law of a batch's observed population means, latents integrated out; event (C + J, D), batch (B,)."""
+
+    support = constraints.real_matrix
+    pytree_data_fields = ("globals_", "layout")
+
+    def __init__(self, globals_: Globals, layout: Observations) -> None:
+        """Law under `globals_` of the slots of `layout` (its noise, masks, indices; its means are not used)."""
+        self.globals_, self.layout = globals_, layout
+        super().__init__(layout.mean.shape[:-2], layout.mean.shape[-2:])
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draw observed means, cell noise included; slots that are not observed are drawn too."""
+        blind = self.layout._replace(observed=jnp.zeros_like(self.layout.observed))
+
+        def one(key: Array, batch: Observations) -> Array:
+            key_latent, key_response, key_noise = jax.random.split(key, 3)
+            latents = draw_latents(key_latent, self.globals_, batch)
+            response = draw_response(key_response, self.globals_, latents, batch.condition, batch.context, None)
+            means = jnp.concatenate([latents.control_mean, response])
+            return means + jnp.sqrt(batch.noise) * jax.random.normal(key_noise, means.shape, means.dtype)
+
+        keys = jax.random.split(key, (*sample_shape, *self.batch_shape))
+        draw = one
+        for _ in self.batch_shape:
+            draw = jax.vmap(draw)
+        for _ in sample_shape:
+            draw = jax.vmap(draw, in_axes=(0, None))
+        return draw(keys, blind)
+
+    def log_prob(self, value: Array) -> Array:
+        """Collapsed log density per batch, (B,)."""
+        density = log_density
+        for _ in self.batch_shape:
+            density = jax.vmap(density, in_axes=(None, 0))
+        return density(self.globals_, self.layout._replace(mean=value))
