@@ -38,7 +38,7 @@ lint: $(core) ## style and layout of the source
 
 types: $(core) ## static types
 	$(bin)/python scripts/link_types.py
-	$(bin)/mypy hilbertcell models inference data analyses
+	$(bin)/mypy -p hilbertcell | sed "s,^.types/hilbertcell/,,"
 
 docs: $(with_docs) ## the pages of docs/ as a site in docs/_build/html
 	$(bin)/sphinx-build -q -W --keep-going -b html docs docs/_build/html

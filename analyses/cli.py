@@ -1,5 +1,6 @@
 """The command line. Heavy packages are imported inside the commands, so that `--help` answers at once."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +17,11 @@ from hilbertcell.analyses.cli_support import (
     notices,
     read_file,
     results,
-    whole_file,
+    whole_output,
 )
 
 if TYPE_CHECKING:
+    import anndata
     import pandas as pd
 
 app = typer.Typer(
@@ -43,8 +45,8 @@ def _file(metavar: str, text: str) -> object:
     return typer.Argument(metavar=metavar, help=text, show_default=False)
 
 
-def _given(metavar: str, text: str, **limits: int) -> object:
-    return typer.Option(metavar=metavar, help=text, show_default=False, **limits)
+def _given(metavar: str, text: str, least: int | None = None) -> object:
+    return typer.Option(metavar=metavar, help=text, show_default=False, min=least)
 
 
 Cells = Annotated[Path, _file("FILE", "Cells, as h5ad.")]
@@ -91,7 +93,7 @@ def split(
 
     check_output(out, force, file)
     made = make_split(keys.read(file).labels, split.value, seed=seed)
-    with whole_file(out) as path:
+    with whole_output(out) as path:
         made.save(path)
     notices.print(f"{split.value} hides {len(made.held_out)} populations:", highlight=False)
     for name in made.held_out:
@@ -111,7 +113,7 @@ def fit(
     force: Force = False,
 ) -> None:
     """Fit the hidden-factor program to the populations of a file."""
-    check_output(out, force, file, folder=True)
+    check_output(out, force, file, folder_with="manifest.json")
     from hilbertcell.data.splits import Split
     from hilbertcell.inference.fit import fit as fit_program
     from hilbertcell.inference.settings import Settings
@@ -143,13 +145,13 @@ def predict(
     ] = False,
     cells: Annotated[Path | None, _given("CELLS.h5ad", "Also sample predicted cells, written here.")] = None,
     cells_per_population: Annotated[
-        int | None, _given("N", "Cells of each population; without it, as many as it has controls.", min=1)
+        int | None, _given("N", "Cells of each population; without it, as many as it has controls.", least=1)
     ] = None,
     draw_index: Annotated[
-        int | None, _given("I", "Cells of drawn population I, not of the mean one.", min=0)
+        int | None, _given("I", "Cells of drawn population I, not of the mean one.", least=0)
     ] = None,
     draws: Annotated[
-        int | None, _given("R", "Cells of R drawn populations, labelled in obs['draw'].", min=1)
+        int | None, _given("R", "Cells of R drawn populations, labelled in obs['draw'].", least=1)
     ] = None,
     force: Force = False,
 ) -> None:
@@ -189,10 +191,10 @@ def predict(
             num_draws=draws,
             seed=seed,
         )
-        with whole_file(cells) as path:
+        with whole_output(cells) as path:
             sampled.write_h5ad(path, compression="gzip")
         notices.print(f"{sampled.n_obs:,} cells written to {cells}", highlight=False, markup=False)
-    with whole_file(out) as path:
+    with whole_output(out) as path:
         write_draws(drawn, path)
     sizes = drawn["predictions"].sizes
     notices.print(
@@ -211,7 +213,37 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Score draws, and cells, against the populations that were measured after all."""
-    raise UsageProblem("not yet")
+    check_output(out, force, draws, truth)
+    from hilbertcell.analyses.evaluate import evaluate as score
+    from hilbertcell.analyses.scores_table import print_scores
+    from hilbertcell.data.draws_io import read_draws
+    from hilbertcell.data.populations import Keys
+
+    drawn = read_draws(draws)
+    keys = Keys.from_dict(json.loads(drawn.attrs["keys"]))
+    sampled = None if cells is None else _read_cells(existing(cells))
+    scores = score(drawn, read_file(truth, **vars(keys), require=("perturbed",)), sampled)
+    _write_json(scores, out)
+    print_scores(scores, results)
+
+
+@command(app)
+def benchmark(
+    file: Cells,
+    keys: KeyOptions,
+    split: Annotated[SplitName, typer.Option(help="What is hidden.", show_default=False)],
+    out: Annotated[Path, _out("RESULTS.json", "Where the results are written.")],
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Hide, fit, predict and score, beside the baselines that any model must beat."""
+    check_output(out, force, file)
+    from hilbertcell.analyses.benchmark import benchmark as run_benchmark
+    from hilbertcell.analyses.scores_table import print_scores
+
+    scores = run_benchmark(keys.read(file), split.value, seed=seed, progress=True)
+    _write_json(scores, out)
+    print_scores(scores, results)
 
 
 @command(app)
@@ -225,8 +257,8 @@ def report(
     from hilbertcell.analyses.report import report as write_report
     from hilbertcell.data.draws_io import read_draws
 
-    with whole_file(out) as path:
-        write_report(read_draws(existing(draws)), path)
+    with whole_output(out) as path:
+        write_report(read_draws(draws), path)
     notices.print(f"report written to {out}", highlight=False, markup=False)
 
 
@@ -241,7 +273,7 @@ def simulate(
     from hilbertcell.analyses.simulated import simulate as simulate_cells
 
     cells = simulate_cells(seed)
-    with whole_file(out) as path:
+    with whole_output(out) as path:
         cells.write_h5ad(path, compression="gzip")
     notices.print(
         f"{cells.n_obs:,} cells x {cells.n_vars:,} genes written to {out}", highlight=False, markup=False
@@ -262,7 +294,7 @@ def demo(
         raise UsageProblem(
             "a FILE needs --perturbation, --control, --context and --batch, and they need a FILE"
         )
-    check_output(out, force, folder=True)
+    check_output(out, force, folder_with="report.html")
     from hilbertcell.analyses.demo import run_demo
 
     run_demo(file, keys, out)
@@ -290,6 +322,25 @@ def _read_targets(path: Path) -> "pd.DataFrame":
         raise UsageProblem(
             f"{path}: cannot be read as a table of targets ({error}); write it as CSV with a header"
         ) from None
+
+
+def _read_cells(path: Path) -> "anndata.AnnData":
+    import anndata
+
+    try:
+        return anndata.read_h5ad(path)
+    # What the reader raises depends on what is broken inside.
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageProblem(
+            f"{path}: cannot be read as h5ad ({reason}); give cells that `predict` wrote"
+        ) from None
+
+
+def _write_json(scores: dict, out: Path) -> None:
+    with whole_output(out) as path:
+        path.write_text(json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    notices.print(f"scores written to {out}", highlight=False, markup=False)
 
 
 def main() -> None:

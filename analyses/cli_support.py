@@ -1,7 +1,7 @@
 """What every command shares: the options that name the columns, one door for errors, outputs that appear whole."""
 
 import inspect
-import os
+import shlex
 import shutil
 import tempfile
 import traceback
@@ -75,6 +75,11 @@ class KeyOptions:
         values["context"] = tuple(key.strip() for key in self.context.split(","))
         values["scale"] = None if self.scale is None else self.scale.value
         return read_file(file, **values)
+
+    def __str__(self) -> str:
+        """The options as one types them."""
+        given = [(field.name.replace("_", "-"), getattr(self, field.name)) for field in fields(self)]
+        return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given if value is not None)
 
 
 def read_file(file: Path, **values: Any) -> "Populations":
@@ -193,25 +198,36 @@ def existing(path: Path) -> Path:
     return path
 
 
-def check_output(path: Path, force: bool, *inputs: Path, folder: bool = False) -> None:
-    """Refuse, before any work is done, an output that exists already (unless `force`) or could not be written."""
+def check_output(path: Path, force: bool, *inputs: Path, folder_with: str | None = None) -> None:
+    """Refuse, before any work is done, an output that could not be written or would replace what it should not.
+
+    Args:
+        path: the output, a file unless `folder_with` is given.
+        force: whether it may replace what is there.
+        inputs: what the command reads or also writes.
+        folder_with: the file that every folder of this kind holds; a folder without it is never replaced.
+
+    """
     if any(path.resolve() == given.resolve() for given in inputs):
-        raise UsageProblem(f"{path}: is an input of this command; name another output")
+        raise UsageProblem(f"{path}: is another file of this command; name another output")
     if path.exists() and not force:
         raise UsageProblem(f"{path}: exists already; name another output, or give --force to replace it")
-    if path.exists() and path.is_dir() != folder:
-        kind = "a folder" if folder else "a file"
-        raise UsageProblem(f"{path}: the output is {kind} and cannot replace what is there; name another")
+    if path.is_dir() and folder_with is None:
+        raise UsageProblem(f"{path}: is a folder and the output is a file; name another output")
+    if path.exists() and folder_with is not None and not (path / folder_with).is_file():
+        raise UsageProblem(f"{path}: holds no {folder_with}, so it is not replaced; name another output")
     if not path.resolve().parent.is_dir():
         raise UsageProblem(f"{path}: the folder {path.resolve().parent} does not exist; make it first")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_output(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well and vanishes when it does not."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.resolve().parent))
     try:
         yield folder / path.name
-        os.replace(folder / path.name, path)
+        if path.is_dir():
+            path.rename(folder / "replaced")
+        (folder / path.name).replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

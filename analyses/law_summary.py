@@ -141,9 +141,9 @@ def law_rows(summary: Mapping[str, Any]) -> pd.DataFrame:
         mean, relative = model["mean"], model["relative_to_null"]
         rows[name] = {
             "excess squared error": _number(mean["excess"], 4),
-            "x null": _with_error(relative["excess"]),
+            "excess x null": _with_error(relative["excess"]),
             "CRPS": _number(mean["crps"], 4),
-            "x null ": _with_error(relative["crps"]),
+            "CRPS x null": _with_error(relative["crps"]),
             "upper 90 %": _number(relative["crps"]["upper_90"]),
             "energy score x null": _with_error(relative["energy"]),
             "variogram score x null": _with_error(relative["variogram"]),

@@ -4,6 +4,7 @@ Everything that can be wrong with a file is looked for before anything is comput
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def read_populations(
     columns = _label_columns(problems, keys, tables, cell_obs, cell_names)
     perturbed = _check_kinds(problems, keys, columns.get(perturbation), require)
     doses = np.full(len(cell_obs), np.nan)
-    if dose in cell_obs and perturbed is not None:
+    if dose is not None and dose in cell_obs and perturbed is not None:
         doses = check_dose(problems, dose, cell_obs[dose], perturbed, cell_names)
     features = _read_features(problems, perturbation_features, columns.get(perturbation), control)
 
@@ -94,15 +95,18 @@ def read_populations(
         found = check_scale(problems, layer or "X", scale, scan, cell_names, genes)
     library, library_warnings = _library_size(problems, keys, found, scan, cell_obs, cell_names)
     problems.raise_if_any()
+    assert matrix is not None  # or there was a problem, as for the next two
+    assert scan is not None
+    assert found is not None
 
     joined = join_contexts(problems, contexts, [columns[key] for key in contexts])
     labels, cell_population = group_cells(
         problems, joined, columns[perturbation], columns[batch], doses, control
     )
     problems.raise_if_any()
-    unused = {key: found.without_cells for key, found in columns.items()}
+    unused = {key: column.without_cells for key, column in columns.items()}
     return Populations(
-        keys=Keys(perturbation, control, contexts, batch, dose, library_size, layer, found),
+        keys=replace(keys, scale=found),
         genes=genes,
         labels=labels,
         cell_population=cell_population,

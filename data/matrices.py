@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,7 +16,7 @@ import scipy.sparse as sp
 
 from hilbertcell.data.validation import DataError
 
-type Rows = sp.csr_array | np.ndarray
+type Rows = Any  # (m, G) CSR or dense array: scipy has no types to say it with
 type Reader = Callable[[int, int], Rows]
 
 # read_cells joins wanted rows that are closer than this into one read: decompressing some rows more is
@@ -78,7 +79,7 @@ class FilePart:
 class MemoryPart:
     """A matrix of (num_cells, num_genes) that is in memory, or a node of an h5ad file somebody else holds open."""
 
-    matrix: sp.csr_array | np.ndarray | h5py.Group | h5py.Dataset
+    matrix: Rows | h5py.Group | h5py.Dataset
     num_cells: int
     num_genes: int
     is_sparse: bool

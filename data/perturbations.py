@@ -85,12 +85,12 @@ def perturbation_table(
             raise DataError(f"perturbation_features = {len(features)} rows: {what}; add a row for each")
     place = {single: i for i, single in enumerate(columns)}
     design = np.zeros((len(names), len(columns)))
-    for row, of_label in enumerate(components):
-        design[row, [place[part] for part in of_label if part in place]] = 1.0
+    for i, of_label in enumerate(components):
+        design[i, [place[part] for part in of_label if part in place]] = 1.0
     summed = None
     if features is not None:
         table = features.to_numpy(dtype=np.float64)
         where = [features.index.get_indexer(list(of_label)) for of_label in components]
         summed = np.array([table[rows].sum(axis=0) for rows in where]).reshape(len(names), table.shape[1])
-    known = np.array([all(part in place for part in of_label) for of_label in components], dtype=bool)
-    return PerturbationTable(names, columns, components, design, summed, known)
+    is_known = np.array([all(part in place for part in of_label) for of_label in components], dtype=bool)
+    return PerturbationTable(names, columns, components, design, summed, is_known)

@@ -55,6 +55,8 @@ def natural_scale(rows: Rows, scale: str, library_size: np.ndarray | None) -> np
     dense = not sp.issparse(rows)
     if scale != "counts":
         return np.asarray(rows, dtype=np.float64) if dense else rows.astype(np.float64).toarray()
+    if library_size is None:
+        raise ValueError("library_size = None: counts need one library size per cell; pass (m,) total counts")
     factor = np.divide(COUNTS_PER, library_size, out=np.zeros(len(library_size)), where=library_size > 0)
     if dense:
         return np.log1p(rows * factor[:, None])

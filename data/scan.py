@@ -67,12 +67,10 @@ def _locate(rows: Rows, bad: np.ndarray) -> tuple[int, int, int]:
     """Row, gene and number of the entries marked in `bad` (over rows.data, or over the dense rows)."""
     first = int(np.argmax(bad))
     if sp.issparse(rows):
-        return (
-            int(np.searchsorted(rows.indptr, first, side="right") - 1),
-            int(rows.indices[first]),
-            int(bad.sum()),
-        )
-    return *(int(i) for i in np.unravel_index(first, rows.shape)), int(bad.sum())
+        row, gene = np.searchsorted(rows.indptr, first, side="right") - 1, rows.indices[first]
+    else:
+        row, gene = np.unravel_index(first, rows.shape)
+    return int(row), int(gene), int(bad.sum())
 
 
 def scan_matrix(matrix: CellMatrix, chunk_size: int = 4096, progress: bool = False) -> Scan:

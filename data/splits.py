@@ -183,7 +183,8 @@ def _few_shot(labels: pd.DataFrame, seed: int, fraction: float) -> Masks:
 def _unseen_pair(labels: pd.DataFrame, seed: int, fraction: float) -> Masks:
     perturbed = labels[~labels["is_control"]]
     pairs = sorted(set(zip(perturbed["context"], perturbed["perturbation"], strict=True)))
-    contexts_left, perturbations_left = {}, {}
+    contexts_left: dict[str, set[str]] = {}
+    perturbations_left: dict[str, set[str]] = {}
     for context, perturbation in pairs:
         contexts_left.setdefault(perturbation, set()).add(context)
         perturbations_left.setdefault(context, set()).add(perturbation)

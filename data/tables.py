@@ -59,15 +59,23 @@ def _open_h5ad(problems: Problems, path: Path, file: h5py.File, layer: str | Non
             "source", str(path), f"holds no {' and no '.join(absent)}", "write it with AnnData.write_h5ad"
         )
         return None
-    obs, var = read_elem(file["obs"]), read_elem(file["var"])
+    obs, var = _read_frame(file["obs"]), _read_frame(file["var"])
     node = "X" if layer is None else f"layers/{layer}"
     if node not in file:
-        return _note_no_matrix(problems, str(path), layer, list(file.get("layers", ())))
+        _note_no_matrix(problems, str(path), layer, list(file.get("layers", ())))
+        return None
     shape = _usable_shape(problems, str(path), layer, file[node], obs, var)
     if shape is None:
         return None
     part = FilePart(path.resolve(), node, *shape, is_sparse=isinstance(file[node], h5py.Group))
     return Table(str(path), obs, var.index.to_numpy().astype(str), part)
+
+
+def _read_frame(group: h5py.Group) -> pd.DataFrame:
+    frame = read_elem(group)
+    if not isinstance(frame, pd.DataFrame):
+        raise TypeError(f"{group.name} holds no table")
+    return frame
 
 
 def _open_anndata(problems: Problems, adata: AnnData, layer: str | None) -> Table | None:
@@ -81,10 +89,12 @@ def _open_anndata(problems: Problems, adata: AnnData, layer: str | None) -> Tabl
         matrix = adata.file["X"]
     else:
         if layer is not None and layer not in adata.layers:
-            return _note_no_matrix(problems, name, layer, list(adata.layers))
+            _note_no_matrix(problems, name, layer, _layer_names(adata))
+            return None
         matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
-        return _note_no_matrix(problems, name, layer, list(adata.layers))
+        _note_no_matrix(problems, name, layer, _layer_names(adata))
+        return None
     if sp.issparse(matrix):
         matrix = sp.csr_array(matrix)
     elif isinstance(matrix, np.ndarray):
@@ -94,6 +104,11 @@ def _open_anndata(problems: Problems, adata: AnnData, layer: str | None) -> Tabl
         return None
     part = MemoryPart(matrix, *shape, is_sparse=sp.issparse(matrix) or isinstance(matrix, h5py.Group))
     return Table(name, adata.obs.copy(), adata.var_names.to_numpy().astype(str), part)
+
+
+def _layer_names(adata: AnnData) -> list[str]:
+    names = list(adata.layers.keys())
+    return [name for name in names if name is not None]  # AnnData calls X the layer None
 
 
 def _note_no_matrix(problems: Problems, name: str, layer: str | None, layers: list[str]) -> None:

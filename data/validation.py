@@ -158,9 +158,11 @@ def check_perturbation_labels(problems: Problems, column: str, names: Iterable[s
     for name in (str(name) for name in names if name != control and "+" not in str(name)):
         if name.strip().casefold() in spellings:
             spellings[name.strip().casefold()].add(name)
-    for group in spellings.values():
-        if len(group) > 1:
-            what = f"parts {listing(sorted(group))} of combinations differ only by case or surrounding spaces"
+    for variants in spellings.values():
+        if len(variants) > 1:
+            what = (
+                f"parts {listing(sorted(variants))} of combinations differ only by case or surrounding spaces"
+            )
             problems.add("perturbation", column, what, "use one")
     for group in combinations.values():
         if len(group) > 1:

@@ -19,6 +19,7 @@ from hilbertcell.data.populations import Keys, Populations
 from hilbertcell.data.splits import Split, check_no_leak, check_same_data
 from hilbertcell.inference.guides import BlockGuide
 from hilbertcell.inference.settings import Settings
+from hilbertcell.inference.starting_values import starting_values
 from hilbertcell.inference.svi import fit_svi
 from hilbertcell.inference.tables import (
     ProgramTable,
@@ -117,12 +118,8 @@ class Fit:
 
     def guide(self) -> BlockGuide:
         """The variational family of the fit, starting from the observed effects."""
-        labels, standard = self.moments.labels, self.unit.apply(self.moments.mean)
-        rng = np.random.default_rng(self.seed)
-        initial = _initial_values(labels, standard, self.names)
-        if self.num_factors:  # zero loadings are a saddle point
-            initial["loading"] = 0.1 * rng.standard_normal((standard.shape[1], 2, self.num_factors))
-        return BlockGuide(hidden_factor_program, *self.program_args, initial=initial)
+        initial, initial_sd = starting_values(self)
+        return BlockGuide(hidden_factor_program, *self.program_args, initial=initial, initial_sd=initial_sd)
 
     def predict(
         self,
@@ -249,22 +246,3 @@ def training_populations(populations: Populations, holdout: Split | None) -> Pop
 
 def _fields(fit_: Fit) -> dict[str, Any]:
     return {name: getattr(fit_, name) for name in Fit.__dataclass_fields__}
-
-
-def _initial_values(labels: pd.DataFrame, standard: np.ndarray, names: Vocabulary) -> dict[str, np.ndarray]:
-    """Observed control means and effects as a start; standardised features (P, D)."""
-    control = labels["is_control"].to_numpy(dtype=bool)
-    context, batch = labels["context"].to_numpy(), labels["batch"].to_numpy()
-    own = {(context[j], batch[j]): standard[j] for j in np.flatnonzero(control)}
-    overall = standard[control].mean(axis=0)
-    of_context = {c: standard[control & (context == c)] for c in names.contexts}
-    alpha = {c: rows.mean(axis=0) if len(rows) else overall for c, rows in of_context.items()}
-    effects: dict[Any, list[np.ndarray]] = {condition: [] for condition in names.conditions}
-    keys = condition_of(labels)
-    for j in np.flatnonzero(~control):
-        effects[keys[j]].append(standard[j] - own.get((context[j], batch[j]), alpha[context[j]]))
-    return {
-        "alpha": np.stack([alpha[c] for c in names.contexts], axis=1),
-        "effect": np.stack([np.mean(effects[condition], axis=0) for condition in names.conditions], axis=1),
-        "slope": np.zeros(standard.shape[1]),
-    }

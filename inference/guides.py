@@ -31,12 +31,19 @@ class _Site(NamedTuple):
 class BlockGuide:
     """Gaussian guide over the unconstrained sites of a program with a plate named `feature`.
 
-    Variational parameters: `shared_loc` (H,), `shared_tril` (H, H); `feature_loc` (D, w), `feature_tril` (D, n, n)
+    Unknowns are measured from their starting values in units of their starting sds, so that one step size suits
+    all of them. Variational parameters: `shared_loc` (H,), `shared_tril` (H, H); `feature_loc` (D, w), `feature_tril` (D, n, n)
     over the narrow sites, `feature_sd` (D, w - n) over the wide ones, with w the unknowns per feature.
     """
 
-    def __init__(self, program: Callable, *args: Any, initial: dict[str, np.ndarray] | None = None) -> None:
-        """Trace `program(*args)` for its latent sites; `initial` gives constrained starting values by site."""
+    def __init__(
+        self, program: Callable, *args: Any, initial: dict[str, np.ndarray], initial_sd: dict[str, np.ndarray]
+    ) -> None:
+        """Trace `program(*args)` for its latent sites.
+
+        `initial` gives constrained starting values by site, `initial_sd` starting spreads of feature sites (0.1
+        where absent); sites without a value start at a draw from the prior.
+        """
         trace = handlers.trace(handlers.seed(program, 0)).get_trace(*args)
         self._shared: list[_Site] = []
         self._feature: list[_Site] = []
@@ -46,7 +53,7 @@ class BlockGuide:
                 continue
             local = any(frame.name == "feature" for frame in site["cond_indep_stack"])
             transform = biject_to(site["fn"].support)
-            value = jnp.asarray((initial or {}).get(name, site["value"]))
+            value = jnp.asarray(initial.get(name, site["value"]))
             start[name] = transform.inv(value)
             shape = start[name].shape[int(local) :]
             (self._feature if local else self._shared).append(_Site(name, shape, transform))
@@ -58,17 +65,20 @@ class BlockGuide:
         self._start_feature = jnp.concatenate(
             [start[site.name].reshape(num_features, -1) for site in self._feature], axis=1
         )
+        spread = {name: jnp.asarray(value).reshape(num_features, -1) for name, value in initial_sd.items()}
+        default = {site.name: jnp.full((num_features, int(np.prod(site.shape))), _INITIAL_SD) for site in self._feature}
+        self._start_sd = jnp.concatenate([(default | spread)[site.name] for site in self._feature], axis=1)
 
     def initial_params(self) -> dict[str, Array]:
         """Starting values of the variational parameters."""
-        num_features, width = self._start_feature.shape
         narrow = self._num_narrow
+        num_features, width = self._start_feature.shape
         return {
-            "shared_loc": self._start_shared,
-            "shared_tril": _INITIAL_SD * jnp.eye(len(self._start_shared)),
-            "feature_loc": self._start_feature,
-            "feature_tril": jnp.tile(_INITIAL_SD * jnp.eye(narrow), (num_features, 1, 1)),
-            "feature_sd": jnp.full((num_features, width - narrow), _INITIAL_SD),
+            "shared_loc": jnp.zeros_like(self._start_shared),
+            "shared_tril": jnp.eye(len(self._start_shared)),
+            "feature_loc": jnp.zeros_like(self._start_feature),
+            "feature_tril": jnp.tile(jnp.eye(narrow), (num_features, 1, 1)),
+            "feature_sd": jnp.ones((num_features, width - narrow)),
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,21 +91,18 @@ class BlockGuide:
         feature_tril = numpyro.param("feature_tril", start["feature_tril"], constraint=tril)
         feature_sd = numpyro.param("feature_sd", start["feature_sd"], constraint=dist.constraints.positive)
         narrow, (num_features, width) = self._num_narrow, feature_loc.shape
-        auxiliary = {"is_auxiliary": True}
-        shared = numpyro.sample(
-            "_shared", dist.MultivariateNormal(shared_loc, scale_tril=shared_tril), infer=auxiliary
-        )
-        _emit(self._shared, shared[None], plated=False)
+        # x = start + sd (loc + L noise) has density N(noise; 0, I) / det: no triangular system is ever solved.
+        noise = _standard_normal("_shared", shared_loc.shape, plated=False)
+        volume = jnp.log(jnp.diagonal(shared_tril)).sum() + len(shared_loc) * np.log(_INITIAL_SD)
+        shared = self._start_shared + _INITIAL_SD * (shared_loc + shared_tril @ noise)
+        _emit(self._shared, shared[None], volume, plated=False)
         with numpyro.plate("feature", num_features):
-            block = numpyro.sample(
-                "_feature", dist.MultivariateNormal(feature_loc[:, :narrow], scale_tril=feature_tril), infer=auxiliary
-            )
-            if width > narrow:
-                wide = numpyro.sample(
-                    "_feature_wide", dist.Normal(feature_loc[:, narrow:], feature_sd).to_event(1), infer=auxiliary
-                )
-                block = jnp.concatenate([block, wide], axis=1)
-            _emit(self._feature, block, plated=True)
+            noise = _standard_normal("_feature", (num_features, width), plated=True)
+            block = jnp.einsum("dij,dj->di", feature_tril, noise[:, :narrow])
+            moved = feature_loc + jnp.concatenate([block, feature_sd * noise[:, narrow:]], axis=1)
+            volume = jnp.log(jnp.diagonal(feature_tril, axis1=1, axis2=2)).sum(1) + jnp.log(feature_sd).sum(1)
+            volume = volume + jnp.log(self._start_sd).sum(1)
+            _emit(self._feature, self._start_feature + self._start_sd * moved, volume, plated=True)
 
     def sample(self, key: Array, params: dict[str, Array]) -> dict[str, Array]:
         """One draw of the program's latent sites from the fitted family."""
@@ -103,8 +110,16 @@ class BlockGuide:
         return {site.name: trace[site.name]["value"] for site in (*self._shared, *self._feature)}
 
 
-def _emit(sites: list[_Site], block: Array, *, plated: bool) -> None:
-    """Split unconstrained columns of `block` (rows, width) into sites; Delta sites carry the Jacobian."""
+def _standard_normal(name: str, shape: tuple[int, ...], *, plated: bool) -> Array:
+    law = dist.Normal(jnp.zeros(shape), 1.0).to_event(len(shape) - int(plated))
+    return numpyro.sample(name, law, infer={"is_auxiliary": True})
+
+
+def _emit(sites: list[_Site], block: Array, volume: Array, *, plated: bool) -> None:
+    """Split unconstrained columns of `block` (rows, width) into sites; the Delta sites carry the Jacobians.
+
+    `volume` is log det of the map from noise to `block`; the first site takes it.
+    """
     offset = 0
     for site in sites:
         width = int(np.prod(site.shape))
@@ -113,5 +128,6 @@ def _emit(sites: list[_Site], block: Array, *, plated: bool) -> None:
         unconstrained = flat.reshape((flat.shape[0], *site.shape) if plated else site.shape)
         value = site.transform(unconstrained)
         jacobian = site.transform.log_abs_det_jacobian(unconstrained, value)
-        density = -(jacobian.reshape(flat.shape[0], -1).sum(1) if plated else jacobian.sum())
+        density = -(jacobian.reshape(flat.shape[0], -1).sum(1) if plated else jacobian.sum()) - volume
+        volume = jnp.zeros_like(volume)
         numpyro.sample(site.name, dist.Delta(value, density, event_dim=value.ndim - int(plated)))

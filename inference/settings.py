@@ -17,9 +17,9 @@ class Settings(BaseModel):
     max_pilot_cells: int = Field(20_000, ge=10, description="training cells that fix components and bandwidths")
     noise_rank: int = Field(24, ge=1, le=128, description="rank of the within-population covariance")
     max_coordinates: int = Field(64, ge=1, description="upper bound on signal-ordered coordinates")
-    num_steps: int = Field(1500, ge=10, description="steps of stochastic variational inference")
-    learning_rate: float = Field(0.02, gt=0, description="largest step of Adam; decays along a cosine")
-    num_particles: int = Field(2, ge=1, description="draws of the guide per step")
+    num_steps: int = Field(1000, ge=10, description="steps of stochastic variational inference")
+    learning_rate: float = Field(0.05, gt=0, description="largest step of Adam; decays along a cosine")
+    num_particles: int = Field(1, ge=1, description="draws of the guide per step")
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Settings":

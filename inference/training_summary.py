@@ -126,8 +126,8 @@ def variance_shares(fit: "Fit", keys: Array, globals_: Globals) -> np.ndarray:
     context_of = np.array([fit.names.contexts.index(c) for c, _, _ in fit.names.conditions])
 
     def one(key: Array, g: Globals) -> Array:
-        effect = g.effect[:, :num_genes]
-        by_level = jax.ops.segment_sum(effect, level, level.max() + 1)
+        effect = g.effect[: len(level), :num_genes]  # conditions of training
+        by_level = jax.ops.segment_sum(effect, level, int(level.max()) + 1)
         by_level = (by_level / np.bincount(level)[:, None])[level]
         rest = effect - by_level
         counts = np.maximum(np.bincount(context_of, minlength=num_contexts), 1)[:, None]

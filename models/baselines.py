@@ -10,7 +10,7 @@ noise)`, and a new batch around the mean of D replicates has `(1 + 1/D)` times i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -299,17 +299,3 @@ def _mean_and_spread(
 
 def _normal(mean: np.ndarray, variance: np.ndarray, num_draws: int, rng: np.random.Generator) -> np.ndarray:
     return mean + np.sqrt(variance) * rng.standard_normal((num_draws, *mean.shape))
-
-
-def shuffle_batches(table: TrainingTable, rng: np.random.Generator) -> TrainingTable:
-    """The same populations with the link between controls and perturbed populations broken.
-
-    In each context the controls are handed on around the circle of its batches, so that none keeps its own.
-    """
-    batch = table.batch.copy()
-    for context in np.unique(table.context):
-        rows = np.flatnonzero((table.context == context) & (table.condition == CONTROL))
-        if len(rows) > 1:
-            rows = rng.permutation(rows)
-            batch[rows] = table.batch[np.roll(rows, 1)]
-    return replace(table, batch=batch)

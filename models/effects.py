@@ -8,15 +8,19 @@ that was never seen follows by Gaussian conditioning (Rasmussen & Williams 2006,
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax import Array
 from jax.scipy.linalg import solve_triangular
+from numpyro.distributions import constraints
 
 # Response curves are smooth over about one decade of dose: the usual slope of a Hill curve with coefficient 1.
 _DOSE_DECADES = 1.0
 # Share of a kernel's mean diagonal added for a stable Cholesky factor in float64.
 _JITTER = 1e-8
+_HALF_LOG_2PI = 0.9189385332046727
 
 
 class Conditions(NamedTuple):
@@ -64,6 +68,34 @@ def kernel_cholesky(kernels: Array, amplitudes: Array) -> Array:
     kernel = jnp.tensordot(amplitudes**2, kernels, 1)
     jitter = _JITTER * jnp.trace(kernel) / kernel.shape[0]
     return jnp.linalg.cholesky(kernel + jitter * jnp.eye(kernel.shape[0], dtype=kernel.dtype))
+
+
+class ConditionEffects(dist.Distribution):
+    """Effects of one feature on all conditions, N(0, scale^2 chol chol^T); batch (D,), event (E,).
+
+    A multivariate normal whose Cholesky factor is common to all features up to `scale`: one triangular system
+    serves them all.
+    """
+
+    support = constraints.real_vector
+    pytree_data_fields = ("scale", "chol")
+
+    def __init__(self, scale: Array, chol: Array) -> None:
+        """`scale` (D,) and `chol` (E, E) lower triangular."""
+        self.scale, self.chol = scale, chol
+        super().__init__(scale.shape, chol.shape[:1])
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draw (*sample_shape, D, E)."""
+        white = jax.random.normal(key, (*sample_shape, *self.batch_shape, *self.event_shape), self.chol.dtype)
+        return self.scale[:, None] * (white @ self.chol.T)
+
+    def log_prob(self, value: Array) -> Array:
+        """Log density (..., D)."""
+        flat = jnp.moveaxis(value, -1, 0).reshape(self.event_shape[0], -1)
+        white = solve_triangular(self.chol, flat, lower=True).reshape(self.event_shape + value.shape[:-1])
+        log_volume = jnp.log(jnp.diagonal(self.chol)).sum() + self.event_shape[0] * (jnp.log(self.scale) + _HALF_LOG_2PI)
+        return -0.5 * ((white / self.scale) ** 2).sum(axis=0) - log_volume
 
 
 def extend_effects(

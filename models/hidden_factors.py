@@ -6,7 +6,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
-from hilbertcell.models.effects import kernel_cholesky
+from hilbertcell.models.effects import ConditionEffects, kernel_cholesky
 from hilbertcell.models.microenvironment import Globals, Observations, PopulationMeans
 
 
@@ -71,9 +71,7 @@ def hidden_factor_program(
         unit_scale = numpyro.sample("unit_scale", dist.Normal(jnp.zeros(4), 1.0).to_event(1))
         scales = jnp.exp(log_scale_mean + log_scale_sd * unit_scale[:, :3])
         batch_unit = jnp.exp(0.5 * unit_scale[:, 3])
-        effect = numpyro.sample(
-            "effect", dist.MultivariateNormal(jnp.zeros(num_conditions), scale_tril=scales[:, 2, None, None] * chol)
-        )
+        effect = numpyro.sample("effect", ConditionEffects(scales[:, 2], chol))
         slope = numpyro.sample("slope", dist.Normal(slope_mean, slope_sd))
         if num_factors:
             unit_loading = numpyro.sample("loading", dist.Normal(jnp.zeros((2, num_factors)), 1.0).to_event(2))

@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 from hilbertcell.models.feature_maps import leading_directions
 
 # Up to here the covariances are kept whole: with 24 markers and 96 random features, 32 factors misjudge the noise of
-# single coordinates by up to 40 %. Beyond, P x D x D would not fit in memory (with 600 genes: 20 % at 32 factors).
+# single coordinates by up to 40 %. Beyond, P x D x D would not fit in memory (with 300 to 600 genes: 10-30 %).
 EXACT_FEATURES = 128
 # The part of a feature's variance that stays its own, however well the factors explain it: keeps C_j invertible.
 MIN_UNIQUE = 1e-6

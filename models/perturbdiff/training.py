@@ -106,7 +106,8 @@ def step(state: TrainState, batch: Batch, key: Array, recipe: Recipe) -> tuple[T
     state = state._replace(networks=networks, optimiser=optimiser, step=state.step + 1)
     due = (state.step - 1) % recipe.average_every == 0
     state = jax.lax.cond(due, lambda s: update_average(s, recipe), lambda s: s, state)
-    return state, TrainInfo(loss, terms, optax.global_norm(gradients), rate)
+    norm = jnp.sqrt(sum(jnp.square(g).sum() for g in gradients.values()))
+    return state, TrainInfo(loss, terms, norm, rate)
 
 
 def update_average(state: TrainState, recipe: Recipe) -> TrainState:

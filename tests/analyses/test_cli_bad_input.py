@@ -189,7 +189,12 @@ BAD_CALLS = [
         "'cells' is not one of",
         "'unseen_batch'",
     ),
-    BadCall("split_seed", "split screen.h5ad KEYS --split few_shot --seed -1 --out s.json", "--seed", "x>=0"),
+    BadCall(
+        "split_seed",
+        "split screen.h5ad KEYS --split few_shot --seed -1 --out s.json",
+        "--seed",
+        "greater than or equal to 0",
+    ),
     BadCall(
         "output_exists",
         "split screen.h5ad KEYS --split few_shot --out text.txt",
@@ -202,13 +207,13 @@ BAD_CALLS = [
     BadCall(
         "over_input",
         "split screen.h5ad KEYS --split few_shot --out screen.h5ad --force",
-        "is an input",
+        "is another file",
         "another",
     ),
     BadCall(
         "over_folder",
         "split screen.h5ad KEYS --split few_shot --out folder --force",
-        "folder: the output",
+        "folder: is a folder",
         "another",
     ),
     BadCall("unknown_command", "train screen.h5ad", "No such command 'train'", "--help"),
@@ -265,8 +270,10 @@ BAD_CALLS = [
         "--perturbation, --context missing",
         "",
     ),
-    BadCall("demo_over_folder", "demo --out folder --force", "folder", "notes.txt"),
-    BadCall("fit_over_folder", "fit screen.h5ad KEYS --out folder --force", "folder", "another"),
+    BadCall("demo_over_folder", "demo --out folder --force", "folder: holds no report.html", "another"),
+    BadCall(
+        "fit_over_folder", "fit screen.h5ad KEYS --out folder --force", "folder: holds no manifest", "another"
+    ),
 ]
 
 

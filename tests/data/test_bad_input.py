@@ -176,6 +176,15 @@ def test_broken_file_is_refused_with_its_cure(how, make_screen, read, tmp_path):
     assert all(line.startswith("  ") and ": " in line and "; " in line for line in problems)
 
 
+def test_a_missing_layer_of_an_anndata_lists_those_there_are(make_screen, read):
+    adata = make_screen()
+    with pytest.raises(DataError, match="layer = 'raw': is not a layer of AnnData; there are none"):
+        read(adata, layer="raw")
+    adata.layers["spliced"] = adata.X
+    with pytest.raises(DataError, match=r"there are 'spliced'$"):
+        read(adata, layer="raw")
+
+
 def test_labels_of_two_types_are_refused(make_screen, read):
     adata = make_screen()
     donors = adata.obs["donor"].astype(str).to_numpy(dtype=object)

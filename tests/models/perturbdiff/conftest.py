@@ -54,18 +54,18 @@ def _full_precision() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> tuple[perturbdiff.Denoiser, perturbdiff.CovariateEncoder]:
     """Networks of 5 genes whose every parameter is random, so that no part is silent."""
-    key_net, key_cov, key_noise = jax.random.split(jax.random.key(0), 3)
-    pair = (
-        perturbdiff.init_denoiser(key_net, 5, hidden=8, depth=2, num_heads=2, gene_features=3),
-        perturbdiff.init_covariate_encoder(
-            key_cov, 5, perturbations=3, cell_types=np.eye(2, 4, dtype=np.float32), batches=2, hidden=4
-        ),
-    )
-    leaves, tree = jax.tree.flatten(pair)
-    keys = jax.random.split(key_noise, len(leaves))
-    return jax.tree.unflatten(
-        tree, [a + 0.2 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-    )
+
+    def new(key):
+        return (
+            perturbdiff.init_denoiser(key, 5, hidden=8, depth=2, num_heads=2, gene_features=3),
+            perturbdiff.init_covariate_encoder(
+                key, 5, perturbations=3, cell_types=np.eye(2, 4, dtype=np.float32), batches=2, hidden=4
+            ),
+        )
+
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(new, jax.random.key(0))
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(0.0, 0.5, a.shape), a.dtype), shapes)

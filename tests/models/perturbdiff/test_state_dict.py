@@ -102,5 +102,5 @@ def test_sizes_that_do_not_fit(state, change, message):
 
 
 def test_the_number_of_heads_is_checked(state):
-    with pytest.raises(perturbdiff.StateDictError, match="num_heads = 4 was given, .* say 2"):
+    with pytest.raises(perturbdiff.StateDictError, match=r"num_heads = 4 was given, .* say 2"):
         perturbdiff.from_state_dict(state, num_heads=4)

@@ -1,0 +1,2 @@
+from tests.fake_draws import X
+def test(): assert X==1
