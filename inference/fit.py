@@ -215,7 +215,7 @@ def infer(start: Fit, *, progress: bool = False) -> Fit:
     settings = start.settings
     with jax.enable_x64(True), Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("inference", total=settings.num_steps)
-        advance: Callable[[int], None] = lambda steps: bar.advance(task, steps)  # noqa: E731
+        advance: Callable[[int], None] = lambda steps: bar.advance(task, steps)
         result = fit_svi(
             jax.random.key(start.seed), hidden_factor_program, start.guide(), start.program_args,
             num_steps=settings.num_steps, learning_rate=settings.learning_rate,

@@ -8,7 +8,6 @@ feature) and dropped between features. Wide sites of large screens (many conditi
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro

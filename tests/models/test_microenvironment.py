@@ -1,0 +1,167 @@
+"""The closed-form batch law against the same Gaussian written out densely, term by term."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hilbertcell.models.microenvironment import (
+    Globals,
+    Observations,
+    PopulationMeans,
+    draw_latents,
+    draw_response,
+    log_density,
+)
+from scipy.stats import multivariate_normal
+
+C, J, D, K, E = 3, 5, 4, 2, 6
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(seed: int = 0, hidden: tuple[int, ...] = (), num_factors: int = K) -> tuple[Globals, Observations]:
+    """Globals and one batch; slots in `hidden` are not observed."""
+    rng = np.random.default_rng(seed)
+    positive = lambda *shape: np.exp(0.4 * rng.standard_normal(shape))  # noqa: E731
+    strength = positive(E)
+    strength[2] = 0.0  # a null perturbation
+    globals_ = Globals(
+        alpha=100.0 + rng.standard_normal((C, D)),  # far from the effects: a swapped array would show
+        effect=rng.standard_normal((E, D)),
+        effect_scale=positive(D),
+        strength=strength,
+        slope=-0.4 + 0.3 * rng.standard_normal(D),
+        baseline_loading=rng.standard_normal((D, num_factors)),
+        response_loading=rng.standard_normal((D, num_factors)),
+        baseline_scale=positive(C, D),
+        response_scale=positive(C, D),
+        batch_scale=positive(D),
+    )
+    observed = np.ones(C + J, bool)
+    observed[list(hidden)] = False
+    batch = Observations(
+        mean=100.0 + rng.standard_normal((C + J, D)),
+        noise=0.3 * positive(C + J, D),
+        observed=observed,
+        condition=rng.permutation(E)[:J],
+        context=np.array([0, 0, 1, 2, 2]),
+    )
+    return jax.tree.map(jnp.asarray, globals_), jax.tree.map(jnp.asarray, batch)
+
+
+def dense(globals_: Globals, batch: Observations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, covariance of [observations (C + J) D, u K, d D, control means C D, perturbed means J D], and the map used.
+
+    Built by pushing a vector of independent standard normals through the generative process as a matrix.
+    """
+    g = jax.tree.map(np.asarray, globals_)
+    b = jax.tree.map(np.asarray, batch)
+    num_factors = g.baseline_loading.shape[1]
+    sizes = {"u": num_factors, "d": D, "x": C * D, "e": J * D, "n": (C + J) * D}
+    starts = dict(zip(sizes, np.cumsum([0, *list(sizes.values())[:-1]]), strict=True))
+    total = sum(sizes.values())
+
+    def unit(name: str, index: int) -> np.ndarray:
+        row = np.zeros(total)
+        row[starts[name] + index] = 1.0
+        return row
+
+    u = np.stack([unit("u", k) for k in range(num_factors)]) if num_factors else np.zeros((0, total))
+    d = np.stack([g.batch_scale[f] * unit("d", f) for f in range(D)])
+    x = np.zeros((C, D, total))
+    for c in range(C):
+        for f in range(D):
+            x[c, f] = g.baseline_loading[f] @ u + g.baseline_scale[c, f] * unit("x", c * D + f)
+    perturbed, mean_perturbed = np.zeros((J, D, total)), np.zeros((J, D))
+    for j in range(J):
+        c, e = b.context[j], b.condition[j]
+        s = g.strength[e]
+        for f in range(D):
+            shared = d[f] + g.response_loading[f] @ u
+            residual = g.response_scale[c, f] * unit("e", j * D + f)
+            perturbed[j, f] = x[c, f] + s * (g.slope[f] * x[c, f] + shared + residual)
+        mean_perturbed[j] = g.alpha[c] + g.effect[e]
+    latent = np.concatenate([x.reshape(-1, total), perturbed.reshape(-1, total)])
+    noise = np.sqrt(b.noise).reshape(-1, 1) * np.stack([unit("n", i) for i in range((C + J) * D)])
+    mean = np.concatenate([g.alpha.ravel(), mean_perturbed.ravel()])
+    rows = np.concatenate([latent + noise, u, d, latent])
+    return np.concatenate([mean, np.zeros(num_factors + D), mean]), rows @ rows.T, rows
+
+
+HIDDEN = [(), (0,), (1, 2), tuple(range(C, C + J)), (0, 3, 7)]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("num_factors", [0, K])
+def test_log_density_is_that_of_the_dense_gaussian(hidden, num_factors):
+    globals_, batch = make(1, hidden, num_factors)
+    mean, covariance, _ = dense(globals_, batch)
+    kept = np.repeat(np.asarray(batch.observed), D).nonzero()[0]
+    expected = multivariate_normal(mean[kept], covariance[np.ix_(kept, kept)]).logpdf(
+        np.asarray(batch.mean).ravel()[kept]
+    )
+    assert float(log_density(globals_, batch)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_log_density_does_not_see_hidden_slots_and_is_finite_without_a_batch_effect():
+    globals_, batch = make(2, (1, 4))
+    moved = batch._replace(mean=batch.mean.at[jnp.array([1, 4])].add(50.0))
+    assert float(log_density(globals_, moved)) == float(log_density(globals_, batch))
+    without = globals_._replace(batch_scale=jnp.zeros(D))
+    tiny = globals_._replace(batch_scale=jnp.full(D, 1e-7))
+    assert float(log_density(without, batch)) == pytest.approx(float(log_density(tiny, batch)), rel=1e-9)
+
+
+@pytest.mark.parametrize("hidden", [(), (0, 3), tuple(range(C, C + J))])
+def test_draws_have_the_law_of_the_dense_conditional(hidden):
+    globals_, batch = make(3, hidden)
+    mean, covariance, _ = dense(globals_, batch)
+    num_observed = (C + J) * D
+    kept = np.repeat(np.asarray(batch.observed), D).nonzero()[0]
+    rest = np.arange(num_observed, len(mean))
+    gain = covariance[np.ix_(rest, kept)] @ np.linalg.inv(covariance[np.ix_(kept, kept)])
+    expected = mean[rest] + gain @ (np.asarray(batch.mean).ravel()[kept] - mean[kept])
+    spread = covariance[np.ix_(rest, rest)] - gain @ covariance[np.ix_(kept, rest)]
+
+    seen = Observations(batch.mean[C:], batch.noise[C:], batch.observed[C:], batch.condition, batch.context)
+
+    def one(key):
+        latent_key, response_key = jax.random.split(key)
+        latents = draw_latents(latent_key, globals_, batch)
+        response = draw_response(response_key, globals_, latents, batch.condition, batch.context, seen)
+        parts = [latents.microenvironment, latents.batch_effect, latents.control_mean, response]
+        return jnp.concatenate([part.ravel() for part in parts])
+
+    num_draws = 20_000
+    draws = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), num_draws)))
+    sd = np.sqrt(np.diag(spread))
+    # 4.5 standard errors: about one false alarm in 1,000 runs over the ~40 means and ~900 covariances.
+    assert np.abs((draws.mean(0) - expected) / sd).max() < 4.5 / np.sqrt(num_draws)
+    correlation_error = (np.cov(draws.T) - spread) / np.outer(sd, sd)
+    assert np.abs(correlation_error).max() < 4.5 * np.sqrt(2 / num_draws)
+
+
+def test_sample_agrees_with_log_prob():
+    globals_, batch = make(4, (2, 6))
+    table = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), batch)
+    law = PopulationMeans(globals_, table)
+    draws = law.sample(jax.random.key(1), (4_000,))
+    assert draws.shape == (4_000, 2, C + J, D)
+    mean, covariance, _ = dense(globals_, batch)
+    kept = np.repeat(np.asarray(batch.observed), D).nonzero()[0]
+    # E log p(y) under p is minus the entropy of the Gaussian; its variance is half the dimension.
+    entropy = multivariate_normal(mean[kept], covariance[np.ix_(kept, kept)]).entropy()
+    densities = np.asarray(jax.vmap(law.log_prob)(draws)).ravel()
+    assert abs(densities.mean() + entropy) < 4 * np.sqrt(len(kept) / 2 / len(densities))
+
+
+def test_a_null_perturbation_transmits_nothing_of_the_batch():
+    globals_, batch = make(5)
+    latents = draw_latents(jax.random.key(0), globals_, batch)
+    null = jnp.array([2])
+    response = draw_response(jax.random.key(1), globals_, latents, null, jnp.array([1]), None)
+    np.testing.assert_allclose(response[0], latents.control_mean[1] + globals_.effect[2], rtol=1e-12)
