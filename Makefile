@@ -45,7 +45,7 @@ docs: $(with_docs) ## the pages of docs/ as a site in docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 bench: $(core) ## the figures of docs/benchmarks.md (tens of minutes; needs the real data)
-	$(bin)/python scripts/bench.py
+	$(bin)/python -m hilbertcell.analyses.first_benchmarks
 
 constraints: ## resolve constraints.txt afresh (needs uv)
 	uv pip compile pyproject.toml --extra dev --extra docs --upgrade --quiet --no-header --no-annotate \

@@ -1,7 +1,7 @@
 """The first benchmark: hide populations, predict them from what is given, score laws and cells, judge against the null."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,9 @@ from hilbertcell.data.splits import (
     training_mask,
 )
 
+if TYPE_CHECKING:
+    from hilbertcell.inference.settings import Settings
+
 MIN_PERTURBED = 20  # cells: below, DE tests and energy distances of a unit are noise
 MIN_CONTROL = 40  # cells: half is transported, half is the reference
 FEW_SHOT_CELLS = 20
@@ -50,7 +53,7 @@ def benchmark(
     split: str = "unseen_batch",
     *,
     seed: int = 0,
-    settings: object = None,
+    settings: "Settings | None" = None,
     num_samples: int = 500,
     with_cells: bool = True,
     progress: bool = False,

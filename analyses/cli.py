@@ -214,8 +214,8 @@ def evaluate(
 ) -> None:
     """Score draws, and cells, against the populations that were measured after all."""
     check_output(out, force, draws, truth)
+    from hilbertcell.analyses.benchmark import results_tables
     from hilbertcell.analyses.evaluate import evaluate as score
-    from hilbertcell.analyses.scores_table import print_scores
     from hilbertcell.data.draws_io import read_draws
     from hilbertcell.data.populations import Keys
 
@@ -224,7 +224,7 @@ def evaluate(
     sampled = None if cells is None else _read_cells(existing(cells))
     scores = score(drawn, read_file(truth, **vars(keys), require=("perturbed",)), sampled)
     _write_json(scores, out)
-    print_scores(scores, results)
+    results.print(*results_tables(scores | {"split": "of the draws"}))
 
 
 @command(app)
@@ -239,11 +239,11 @@ def benchmark(
     """Hide, fit, predict and score, beside the baselines that any model must beat."""
     check_output(out, force, file)
     from hilbertcell.analyses.benchmark import benchmark as run_benchmark
-    from hilbertcell.analyses.scores_table import print_scores
+    from hilbertcell.analyses.benchmark import results_tables
 
     scores = run_benchmark(keys.read(file), split.value, seed=seed, progress=True)
     _write_json(scores, out)
-    print_scores(scores, results)
+    results.print(*results_tables(scores))
 
 
 @command(app)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,9 @@ def _evaluate_cells(
     rows: list[dict[str, Any]] = []
     for draw in np.unique(number_of_draw):
         one = cells[number_of_draw == draw].copy()
-        predicted = read_populations(one, **keys.to_dict(), require=("perturbed",)).match_genes(truth.genes)
+        predicted = read_populations(
+            one, **vars(replace(keys, layer=None)), require=("perturbed",)
+        ).match_genes(truth.genes)
         for name in names.intersection(predicted.labels.index):
             rng = np.random.default_rng(seed)
             positions, true_positions = predicted.cells_of(name), truth.cells_of(name)

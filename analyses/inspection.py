@@ -1,6 +1,6 @@
 """`hilbertcell inspect`: which populations a file holds, which are missing, and what is suspicious, at a glance."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -93,15 +93,14 @@ def _contexts(labels: pd.DataFrame) -> Table:
 
 def _perturbations(labels: pd.DataFrame) -> Table:
     perturbed = labels[~labels["is_control"]]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, part in perturbed.groupby("perturbation", sort=True):
         doses = ", ".join(f"{dose:g}" for dose in sorted(part["dose"].dropna().unique()))
         row = (name, f"{part['num_cells'].sum():,}", f"{len(part):,}", f"{part['context'].nunique():,}")
         rows.append((*row, f"{part['batch'].nunique():,}", doses))
-    heads = ("Perturbation", "cells", "populations", "contexts", "batches", "doses")
-    if perturbed["dose"].isna().all():
-        heads, rows = heads[:-1], [row[:-1] for row in rows]
-    return _table(heads, rows)
+    heads = ["Perturbation", "cells", "populations", "contexts", "batches", "doses"]
+    shown = slice(0, -1 if perturbed["dose"].isna().all() else None)
+    return _table(heads[shown], [row[shown] for row in rows])
 
 
 def _batches(labels: pd.DataFrame) -> Table:
@@ -121,7 +120,7 @@ def _num_perturbations(part: pd.DataFrame) -> int:
     return part.loc[~part["is_control"], "perturbation"].nunique()
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold cyan")
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i == 0 or head == "doses" else "right", overflow="fold")

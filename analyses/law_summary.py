@@ -141,12 +141,12 @@ def law_rows(summary: Mapping[str, Any]) -> pd.DataFrame:
         mean, relative = model["mean"], model["relative_to_null"]
         rows[name] = {
             "excess squared error": _number(mean["excess"], 4),
-            "excess x null": _with_error(relative["excess"]),
+            "excess x null": _with_error(relative.get("excess")),
             "CRPS": _number(mean["crps"], 4),
-            "CRPS x null": _with_error(relative["crps"]),
-            "upper 90 %": _number(relative["crps"]["upper_90"]),
-            "energy score x null": _with_error(relative["energy"]),
-            "variogram score x null": _with_error(relative["variogram"]),
+            "CRPS x null": _with_error(relative.get("crps")),
+            "upper 90 %": _number(relative["crps"]["upper_90"] if relative else None),
+            "energy score x null": _with_error(relative.get("energy")),
+            "variogram score x null": _with_error(relative.get("variogram")),
             **{f"cover of {level} %": _number(mean[f"covered_{level}"]) for level in LEVELS},
             "width of 90 %": _number(mean["width_90"]),
             VERDICT: model["verdicts"]["crps"].get(NULL, {}).get("outcome", ""),
@@ -155,7 +155,9 @@ def law_rows(summary: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _with_error(ratio: Mapping[str, Any]) -> str:
+def _with_error(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return "-"
     return f"{_number(ratio['ratio'])} ± {_number(ratio['standard_error'])}"
 
 

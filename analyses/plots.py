@@ -5,7 +5,7 @@ the draws. All raise KeyError when the group they show is absent.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
@@ -30,6 +30,16 @@ BLUE, ORANGE, GREEN, PURPLE, GREY, PALE = "#0072B2", "#D55E00", "#009E73", "#AA4
 BATCH_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 MAX_BATCH_ROWS = 40
 MAX_FACTORS = 4
+FOREST_GENES = 10
+EXPLANATIONS = {
+    "perturbation": "what the perturbation does everywhere",
+    "context": "what all perturbations share in one kind of cell",
+    "interaction": "what one perturbation does in one kind of cell only",
+    "own baseline": "what follows, gene by gene, from where the untreated cells stand",
+    "microenvironment": "what a batch does to all its responses together",
+    "residual": "real differences between populations that nothing above explains",
+    "sampling noise": "what comes from having measured finitely many cells",
+}
 _TAILS = ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2)
 
 
@@ -93,17 +103,23 @@ def variance_decomposition(draws: xr.DataTree) -> Figure:
     """Bars: what the measured responses of the training populations are made of, in percent."""
     shares = draws["constant_data"]["variance_decomposition"].load()
     names, percent = [str(c) for c in shares["component"].values], 100 * shares.values
-    figure = Figure(figsize=(7.2, 0.6 + 0.32 * len(names)), layout="constrained")
+    figure = Figure(figsize=(10.2, 0.6 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(names))[::-1]
     colours = [GREY if name in ("residual", "sampling noise") else BLUE for name in names]
     axes.barh(rows, percent, color=colours, height=0.68)
-    for row, value in zip(rows, percent, strict=True):
-        axes.annotate(f"{value:.0f} %", (value, row), (4, 0), textcoords="offset points", va="center")
+    for row, name, value in zip(rows, names, percent, strict=True):
+        at: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{value:.0f} %", (value, row), (4, 0), weight="bold", **at)
+        axes.annotate(EXPLANATIONS.get(name, ""), (value, row), (38, 0), color=GREY, **at)
     axes.set_yticks(rows, names)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlim(0, max(float(np.nanmax(percent)) * 1.12, 1.0))
-    axes.set_xlabel("share of the squared response to perturbation (%), mean over genes")
+    longest = max(float(np.nanmax(percent)), 1.0)
+    axes.set_xlim(0, 2.1 * longest)  # the explanations stand on the right
+    ticks = [tick for tick in axes.get_xticks() if tick <= 1.1 * longest]
+    axes.set_xticks(ticks)
+    axes.spines["bottom"].set_bounds(0, ticks[-1])
+    axes.set_xlabel("share of the squared response (%), mean over genes", loc="left")
     return figure
 
 
@@ -117,7 +133,7 @@ def microenvironments(draws: xr.DataTree) -> Figure:
     names = [str(name) for name in shown["batch"].values]
     trained = shown["in_training"].values if "in_training" in shown.coords else np.ones(len(names), bool)
     figure = Figure(figsize=(1.6 + 2.6 * len(mean), 1.0 + 0.24 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(mean), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(mean), sharex=True, sharey=True, squeeze=False)[0]
     rows = np.arange(len(names))[::-1]
     for k, axes in enumerate(panels):
         axes.axvline(0, color=PALE, linewidth=1)
@@ -127,6 +143,7 @@ def microenvironments(draws: xr.DataTree) -> Figure:
         axes.set_title(f"factor {k + 1}")
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(rows, [short(name) for name in names])
+    panels[0].set_ylim(-0.6, len(names) - 0.4)
     for label, kind in zip(panels[0].get_yticklabels(), trained, strict=True):
         label.set_color("#202124" if kind else ORANGE)
     figure.supxlabel("position along the factor (standard deviations between batches)", fontsize=9)
@@ -177,15 +194,18 @@ def shift_overview(
 
 @_styled
 def shift_forest(
-    draws: xr.DataTree, condition: Condition, summary: xr.Dataset | None = None, num_genes: int = 10
+    draws: xr.DataTree,
+    condition: Condition,
+    summary: xr.Dataset | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Shifts of the leading genes of one condition: 90 % interval per predicted batch, beside the training mean.
 
-    Up to four batches; the grey bar is the mean of the training batches, +- their noise-corrected spread.
+    Up to four batches; the grey bar is the mean of the training batches, +- their noise-corrected spread. `limits` of
+    the axis make figures of several conditions comparable (`forest_limits`).
     """
     summary = summarise_shifts(draws) if summary is None else summary
-    here = summary.isel(population=populations_of(summary, condition)[: len(BATCH_COLOURS)])
-    here = here.isel(gene=top_genes(here, num_genes))
+    here = _forest_part(summary, condition)
     names = [str(batch) for batch in here["batch"].values]
     genes = here["gene"].values
     rows = np.arange(len(genes), dtype=float)[::-1]
@@ -205,16 +225,34 @@ def shift_forest(
     axes.set_yticks(rows, [short(g, 18) for g in genes])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.6, len(genes) - 0.4)
+    axes.set_xlim(limits)
     axes.set_xlabel(f"shift ({units(draws)})")
     _name_batches(axes, names)
     axes.set_title(short(condition.label, 44), pad=20)
     return figure
 
 
+def _forest_part(summary: xr.Dataset, condition: Condition) -> xr.Dataset:
+    """The batches and genes that the forest of a condition shows."""
+    here = summary.isel(population=populations_of(summary, condition)[: len(BATCH_COLOURS)])
+    return here.isel(gene=top_genes(here, FOREST_GENES))
+
+
+def forest_limits(summary: xr.Dataset, chosen: Sequence[Condition]) -> tuple[float, float]:
+    """An axis that holds zero and every interval of the forests of these conditions."""
+    parts = [_forest_part(summary, condition) for condition in chosen]
+    low = min((float(np.nanmin(part["lower"], initial=0.0)) for part in parts), default=0.0)
+    high = max((float(np.nanmax(part["upper"], initial=0.0)) for part in parts), default=0.0)
+    margin = 0.05 * max(high - low, 1e-6)
+    return low - margin, high + margin
+
+
 def _name_batches(axes: Axes, names: list[str]) -> None:
     """Names of the batches above the axes, in their colours: shorter to read than a legend."""
-    handles = [
-        matplotlib.lines.Line2D([], [], color=colour, marker="o", markersize=3.8, linewidth=1.8, label=short(name, 16))
+    handles: list[Any] = [
+        matplotlib.lines.Line2D(
+            [], [], color=colour, marker="o", markersize=3.8, linewidth=1.8, label=short(name, 16)
+        )
         for name, colour in zip(names, BATCH_COLOURS, strict=False)
     ]
     handles.append(matplotlib.patches.Patch(color=PALE, label="training"))
@@ -252,6 +290,10 @@ def _arviz_figure(collection: Any, size: tuple[float, float]) -> Figure:
     figure = collection.viz["figure"].item()
     pyplot.close(figure)
     figure.set_size_inches(size)
+    figure.set_layout_engine("constrained")
+    for axes in figure.axes:
+        axes.xaxis.label.set_size(9)
+        axes.yaxis.label.set_size(9)
     return figure
 
 
@@ -259,15 +301,25 @@ def _arviz_figure(collection: Any, size: tuple[float, float]) -> Figure:
 def predictive_pit(draws: xr.DataTree) -> Figure:
     """ArviZ's PIT plot: where measured training means fall within their predictive distributions.
 
-    The line is the empirical distribution function of the PIT values minus the uniform one, with a simultaneous band.
+    The line is the empirical distribution function of the PIT values minus the uniform one. Orange points are
+    where a test of uniformity fails (`pot_c`: it allows for values that depend on one another, as genes of one
+    population do).
     """
     import arviz
 
     collection = arviz.plot_ppc_pit(
-        _checks(draws), method="envelope", backend="matplotlib",
-        visuals={"ecdf_lines": {"color": BLUE}, "title": False, "xlabel": {"text": "PIT: share of draws below the measured mean"},
-                 "ylabel": {"text": "observed minus uniform"}},
-    )  # fmt: skip
+        _checks(draws),
+        method="pot_c",
+        backend="matplotlib",
+        visuals={
+            "ecdf_lines": {"color": BLUE},
+            "suspicious_points": {"color": ORANGE},
+            "title": False,
+            "p_value_text": False,
+            "xlabel": {"text": "PIT: share of draws below the measured mean"},
+            "ylabel": {"text": "observed minus uniform"},
+        },
+    )
     return _arviz_figure(collection, (4.9, 3.2))
 
 
@@ -276,10 +328,19 @@ def predictive_distribution(draws: xr.DataTree) -> Figure:
     """ArviZ's posterior predictive check: distribution of standardised training means, drawn (blue) and measured."""
     import arviz
 
+    checks = _checks(draws)
+    drawn = checks["posterior_predictive"].sizes
     collection = arviz.plot_ppc_dist(
-        _checks(draws), kind="ecdf", num_samples=40, backend="matplotlib",
-        visuals={"predictive_dist": {"color": BLUE, "alpha": 0.15}, "observed_dist": {"color": "#202124"}, "title": False},
-    )  # fmt: skip
+        checks,
+        kind="ecdf",
+        num_samples=min(40, drawn["chain"] * drawn["draw"]),
+        backend="matplotlib",
+        visuals={
+            "predictive_dist": {"color": BLUE, "alpha": 0.15},
+            "observed_dist": {"color": "#202124"},
+            "title": False,
+        },
+    )
     figure = _arviz_figure(collection, (4.9, 3.2))
     figure.axes[0].set(xlabel="mean of a population (standardised)", ylabel="share of populations below")
     return figure
@@ -297,28 +358,31 @@ def width_by_controls(draws: xr.DataTree, summary: xr.Dataset | None = None) -> 
     width = summary["mean_width"].median("gene").values
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    least = max(number[number > 0].min(initial=np.inf), 1.0) if (number > 0).any() else 1.0
-    place = np.where(number > 0, number, least / 2)
+    least, most = (number[number > 0].min(), number.max()) if (number > 0).any() else (1.0, 10.0)
+    steps = np.array([step * 10.0**power for power in range(9) for step in (1, 2, 5)])
+    ticks = steps[(steps > least / 2.5) & (steps < most * 2.5)]
+    nowhere = ticks[0] / 2  # where populations without controls stand on the logarithmic axis
+    place = np.where(number > 0, number, nowhere)
     seen = constant["target_observed"].values.astype(bool)
     for kind, colour, marker, label in (
         (~seen, BLUE, "o", "predicted from controls"),
         (seen, ORANGE, "D", "own perturbed cells were seen"),
     ):
         if kind.any():
-            axes.plot(place[kind], width[kind], marker, color=colour, markersize=5, alpha=0.75, label=label, mew=0)
+            axes.plot(
+                place[kind], width[kind], marker, color=colour, alpha=0.75, label=label, mew=0, markersize=5
+            )
     if (number > 0).any():
         variance = constant["control_variance"].median("gene").values[number > 0].mean()
-        grid = np.geomspace(least, max(number.max(), 1.5 * least), 50)
-        normal = 2 * 1.6449  # width of a central 90 % interval in standard deviations
-        axes.plot(grid, normal * np.sqrt(variance / grid), color=GREY, linewidth=1.2, label="sampling noise of the controls alone")
+        grid = np.geomspace(ticks[0], ticks[-1], 50)
+        noise = 2 * 1.6449 * np.sqrt(variance / grid)  # a normal 90 % interval is 2 x 1.6449 deviations wide
+        axes.plot(grid, noise, color=GREY, linewidth=1.2, label="sampling noise of the controls alone")
     axes.set_xscale("log")
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if least <= t <= number.max(initial=1.0)]
-    ticks = ticks or [least]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    nobody = [nowhere] if (number == 0).any() else []
+    axes.set_xticks([*nobody, *ticks], [*("none" for _ in nobody), *(f"{tick:g}" for tick in ticks)])
     axes.set_xticks([], minor=True)
-    if (number == 0).any():
-        axes.set_xticks([least / 2, *ticks], ["none", *(f"{t:g}" for t in ticks)])
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="control cells of the population's batch and context", ylabel=f"interval width ({units(draws)})")
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.set_ylim(0, 1.1 * np.nanmax(width, initial=1e-6))
+    axes.set_xlabel("control cells of the population's batch and context")
+    axes.set_ylabel(f"interval width ({units(draws)})")
+    axes.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderpad=0)
     return figure

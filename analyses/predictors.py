@@ -6,8 +6,9 @@ benchmark gives them. It never sees a held-out population: what is not in its ar
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,9 @@ from hilbertcell.analyses.gene_table import (
 from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.populations import Populations
 from hilbertcell.models import baselines
+
+if TYPE_CHECKING:
+    from hilbertcell.inference.settings import Settings
 
 LawPredictor = Callable[["Screen", pd.DataFrame, int], np.ndarray]
 CellPredictor = Callable[["Screen", pd.DataFrame, np.ndarray, int], list[np.ndarray]]
@@ -146,7 +150,7 @@ def training_cells_fitter(num_draws: int) -> Fitter:
 
 
 def hilbertcell_fitter(
-    num_draws: int = 500, seed: int = 0, settings: object = None, cells: bool = True
+    num_draws: int = 500, seed: int = 0, settings: "Settings | None" = None, cells: bool = True
 ) -> Fitter:
     """The suite's own hidden-factor program; perturbed cells among the given ones are conditioned on."""
 
@@ -175,8 +179,8 @@ def hilbertcell_fitter(
         ) -> list[np.ndarray]:
             draws = draw(given, targets, seed)
             predicted = fitted.sample_cells(draws, given.populations, seed=seed)
-            keys = training.populations.keys.to_dict()
-            populations = read_populations(predicted, **keys, require=("perturbed",))
+            keys = replace(training.populations.keys, layer=None)  # predicted cells stand in X
+            populations = read_populations(predicted, **vars(keys), require=("perturbed",))
             rng = np.random.default_rng(seed)
             return [
                 _cells_of(populations, [name], number, rng)

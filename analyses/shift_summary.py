@@ -26,7 +26,7 @@ class Condition(NamedTuple):
 def summarise_shifts(draws: xr.DataTree) -> xr.Dataset:
     """Posterior summaries with dims (population, gene), one population of draws in memory at a time.
 
-    `mean`, `shift`: posterior means, scale of the draws. `lower`, `upper`: ends of the central 90 % interval of the shift.
+    `mean`, `shift`: posterior means, scale of the draws. `lower`, `upper`: central 90 % interval of the shift.
     `direction`: probability that the shift has the sign of its posterior mean. `clear`: the interval excludes zero.
     `mean_width`: width of the 90 % interval of the mean. Draws that are not finite give nan, and False.
     Raises: KeyError if there is no group `predictions`.

@@ -25,11 +25,13 @@ from hilbertcell.models.simulator import (
 def simulate(seed: int = 0, settings: SimulatorSettings | None = None) -> anndata.AnnData:
     """Cells of simulated donors with known microenvironments; the same seed gives the same bits.
 
-    X holds counts (CSR); obs `perturbation` ("control", "A", ..., "A+B"), `cell_type`, `donor`, `dose` when the settings
-    have doses, and `responds` (the hidden truth of each cell). `uns["truth"]` can be written to h5ad:
-    `population`, `context`, `perturbation`, `batch`, `dose` name P populations; `mean` (P, G) their true means on the log1p-CP10k
-    scale (Monte Carlo over 1,000 cells each), `responder_fraction` (P,); `microenvironment` (B, K) in the order of `batches`;
-    `features` (M, F) in the order of `perturbations`; `settings` and `seed` as JSON. Takes a few seconds for the default settings.
+    X holds counts (CSR); obs `perturbation` ("control", "A", ..., "A+B"), `cell_type`, `donor`, `dose` when the
+    settings have doses, and `responds` (the hidden truth of each cell). `uns["truth"]` can be written to h5ad:
+
+    - `population`, `context`, `perturbation`, `batch`, `dose` name P populations; `mean` (P, G) are their true
+      means on the log1p-CP10k scale (Monte Carlo over 1,000 cells each), `responder_fraction` is (P,);
+    - `microenvironment` (B, K), in the order of `batches`; `features` (M, F), in the order of `perturbations`;
+    - `settings` as JSON, and `seed`.
     """
     settings = settings or SimulatorSettings()
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -48,8 +50,7 @@ def simulate(seed: int = 0, settings: SimulatorSettings | None = None) -> anndat
     size = rng.lognormal(
         np.log(settings.cells_per_population), settings.batch_size_scale, settings.num_batches
     )
-    size = dict(zip(settings.batches, size, strict=True))
-    num_cells = np.maximum(rng.poisson(table["batch"].map(size)), 5)
+    num_cells = np.maximum(rng.poisson(table["batch"].map(dict(zip(settings.batches, size, strict=True)))), 5)
     emitted = [cells(rng, settings, world, rates, p, n) for p, n in enumerate(num_cells)]
     counts = scipy.sparse.vstack(
         [scipy.sparse.csr_matrix(x, dtype=np.float32) for x, _ in emitted], format="csr"

@@ -35,6 +35,8 @@ def h5_format(node: h5py.Group | h5py.Dataset) -> str:
 def _canonical(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, num_genes: int) -> sp.csr_array:
     if np.any(np.diff(indptr) < 0) or (len(indices) and not 0 <= indices.min() <= indices.max() < num_genes):
         raise OSError("the sparse matrix is damaged: its indices point outside of it")
+    if data.dtype == np.float16:  # which scipy does not take
+        data = data.astype(np.float32)
     rows = sp.csr_array((data, indices, indptr), shape=(len(indptr) - 1, num_genes))
     rows.sum_duplicates()  # a repeated index means a sum, which log1p must see
     return rows

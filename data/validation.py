@@ -23,10 +23,11 @@ class Problems:
     Example:
         >>> problems = Problems("cells.h5ad")
         >>> problems.add("batch", "donr", "is not a column of obs", "choose 'donor'")
-        >>> problems.raise_if_any()
-        Traceback (most recent call last):
-        ...
-        hilbertcell.data.validation.DataError: 1 problem in cells.h5ad:
+        >>> try:
+        ...     problems.raise_if_any()
+        ... except DataError as error:
+        ...     print(error)
+        1 problem in cells.h5ad:
           batch = 'donr': is not a column of obs; choose 'donor'
     """
 

@@ -1,13 +1,13 @@
 """How Sphinx turns docs/ into a site: Markdown with mathematics, warnings are errors (`make docs`)."""
 
-from importlib.metadata import version
+import importlib.metadata
 
 project = "hilbertcell"
-release = version("hilbertcell")
+release = importlib.metadata.version("hilbertcell")
 copyright = "The hilbertcell contributors"
 extensions = ["myst_parser", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"hilbertcell {release}"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_parts"]

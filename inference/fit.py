@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jax import Array
 from rich.progress import Progress
 
 from hilbertcell.data.moments import Moments, stream_moments
@@ -18,6 +19,7 @@ from hilbertcell.data.perturbations import PerturbationTable, perturbation_table
 from hilbertcell.data.populations import Keys, Populations
 from hilbertcell.data.splits import Split, check_no_leak, check_same_data
 from hilbertcell.inference.guides import BlockGuide
+from hilbertcell.inference.predictive import globals_sampler
 from hilbertcell.inference.settings import Settings
 from hilbertcell.inference.starting_values import starting_values
 from hilbertcell.inference.svi import fit_svi
@@ -35,6 +37,7 @@ from hilbertcell.models.effects import similarity_kernels
 from hilbertcell.models.embedding import Coordinates, fit_coordinates
 from hilbertcell.models.feature_maps import FeatureMap, fit_feature_map
 from hilbertcell.models.hidden_factors import hidden_factor_program
+from hilbertcell.models.microenvironment import Globals
 from hilbertcell.models.within_covariance import WithinCovariance, WithinPrior, fit_loadings, fit_within_prior
 
 
@@ -120,6 +123,11 @@ class Fit:
         """The variational family of the fit, starting from the observed effects."""
         initial, initial_sd = starting_values(self)
         return BlockGuide(hidden_factor_program, *self.program_args, initial=initial, initial_sd=initial_sd)
+
+    @cached_property
+    def sample_globals(self) -> Callable[[Array], tuple[dict[str, Array], Globals]]:
+        """Draws of the unknowns from the fitted family; compiled once. Call it where float64 is enabled."""
+        return globals_sampler(self)
 
     def predict(
         self,

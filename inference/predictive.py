@@ -1,6 +1,6 @@
 """Draws of latent population means from a fitted program: globals from the guide, latents exactly."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -45,44 +45,55 @@ class BatchDraws(NamedTuple):
     microenvironment: np.ndarray  # (S, K)
 
 
+def globals_sampler(fit: "Fit") -> Callable[[Array], tuple[dict[str, Array], Globals]]:
+    """Compiled map from keys (S,) to draws of the program's sites and of the globals of training."""
+    guide, args = fit.guide(), fit.program_args
+    params = {name: jnp.asarray(value) for name, value in fit.params.items()}
+
+    def one(key: Array) -> tuple[dict[str, Array], Globals]:
+        sites = guide.sample(key, params)
+        return sites, handlers.substitute(handlers.seed(hidden_factor_program, 0), data=sites)(*args)
+
+    return jax.jit(jax.vmap(one))
+
+
 def draw_globals(
     fit: "Fit", names: "Vocabulary", perturbations: "PerturbationTable", num_samples: int, seed: int
 ) -> Iterator[tuple[slice, Globals]]:
-    """Draws of the globals in blocks, effects extended to all conditions of `names`.
+    """Draws of the globals in blocks, extended to all conditions of `names`.
 
     Conditions that training did not see are drawn from their prior given the others; a (perturbation, dose)
     never seen draws its strength from the prior.
     """
-    kernels = similarity_kernels(names.structure(perturbations))
-    known_kernels = similarity_kernels(fit.names.structure(fit.perturbations))
-    # A kernel that training could not tell apart from others had no amplitude there; it stays switched off.
-    stacked = jnp.asarray(np.stack([kernels[name] for name in known_kernels]))
-    known = np.arange(len(fit.names.conditions))
-    level = names.level_index()
-    num_known_levels = len(fit.names.levels)
-    num_new = len(names.conditions) - len(known)
-    guide = fit.guide()
-    params = {name: jnp.asarray(value) for name, value in fit.params.items()}
-
-    def one(key: Array, sites: dict[str, Array]) -> Globals:
-        key_effect, key_strength = jax.random.split(key)
-        program = handlers.substitute(handlers.seed(hidden_factor_program, 0), data=sites)
-        drawn = program(*fit.program_args)
-        noise = jax.random.normal(key_effect, (num_new, drawn.effect.shape[1]), drawn.effect.dtype)
-        effect = extend_effects(stacked, sites["effect_amplitude"], drawn.effect_scale, drawn.effect, known, noise)
-        by_level = jnp.abs(jax.random.normal(key_strength, (len(names.levels),), drawn.effect.dtype))
-        by_level = by_level.at[level[: len(known)]].set(drawn.strength)
-        if num_known_levels == 1:  # without several levels strength is not a site but the unit
-            by_level = jnp.ones_like(by_level)
-        return drawn._replace(effect=effect, strength=by_level[level])
-
+    num_known, num_new = len(fit.names.conditions), len(names.conditions) - len(fit.names.conditions)
     key_sites, key_extend = jax.random.split(jax.random.key(seed))
     site_keys, extend_keys = jax.random.split(key_sites, num_samples), jax.random.split(key_extend, num_samples)
-    draw_sites = jax.jit(jax.vmap(lambda key: guide.sample(key, params)))
-    extend = jax.jit(jax.vmap(one))
+    if num_new:
+        kernels = similarity_kernels(names.structure(perturbations))
+        # A kernel that training could not tell apart from others had no amplitude there; it stays switched off.
+        switched_on = similarity_kernels(fit.names.structure(fit.perturbations))
+        stacked = jnp.asarray(np.stack([kernels[name] for name in switched_on]))
+        level = names.level_index()
+
+        def extend(key: Array, amplitudes: Array, drawn: Globals) -> Globals:
+            key_effect, key_strength = jax.random.split(key)
+            noise = jax.random.normal(key_effect, (num_new, drawn.effect.shape[1]), drawn.effect.dtype)
+            effect = extend_effects(
+                stacked, amplitudes, drawn.effect_scale, drawn.effect, np.arange(num_known), noise
+            )
+            by_level = jnp.abs(jax.random.normal(key_strength, (len(names.levels),), drawn.effect.dtype))
+            by_level = by_level.at[level[:num_known]].set(drawn.strength)
+            if len(fit.names.levels) == 1:  # without several levels strength is no unknown but the unit
+                by_level = jnp.ones_like(by_level)
+            return drawn._replace(effect=effect, strength=by_level[level])
+
+        extend_all = jax.jit(jax.vmap(extend))
     for start in range(0, num_samples, DRAW_BLOCK):
         block = slice(start, min(start + DRAW_BLOCK, num_samples))
-        yield block, extend(extend_keys[block], draw_sites(site_keys[block]))
+        sites, drawn = fit.sample_globals(site_keys[block])
+        if num_new:
+            drawn = extend_all(extend_keys[block], sites["effect_amplitude"], drawn)
+        yield block, drawn
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """What training says about each target beside the draws: the null's shift, noise, library and spread ratios."""
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,7 @@ def target_constants(
     }
     pairs = _paired_training(fit)
     overall = [pair for found in pairs.values() for pair in found]
-    known = set(condition_of(fit.moments.labels)), set(zip(fit.moments.labels.index, strict=True))
-    seen_in_training = {name for (name,) in known[1]}
+    seen_in_training = set(fit.moments.labels.index)
     seen_in_file = set(moments.labels.index[~moments.labels["is_control"]])
     shape = (len(wanted), num_genes)
     out = {
@@ -120,31 +120,50 @@ def variance_shares(fit: "Fit", keys: Array, globals_: Globals) -> np.ndarray:
     Components in order: perturbation, context, interaction (two-way means of the effects), own baseline, microenvironment
     (`d` and `Lambda u`), residual, sampling noise (of both the perturbed and the control mean).
     """
-    observations = fit.program_args[0]
-    num_contexts, num_genes = len(fit.names.contexts), len(fit.genes)
-    level = fit.names.level_index()
-    context_of = np.array([fit.names.contexts.index(c) for c, _, _ in fit.names.conditions])
+    layout = _Layout(
+        np.array([fit.names.contexts.index(c) for c, _, _ in fit.names.conditions]), fit.names.level_index()
+    )
+    squares = _mean_squares(keys, globals_, fit.program_args[0], layout, num_genes=len(fit.genes))
+    squares = np.asarray(squares).mean(axis=0)
+    total = squares.sum(axis=0)
+    return (squares / np.where(total > 0, total, 1.0)).mean(axis=1)
+
+
+class _Layout(NamedTuple):
+    """Context and level of each training condition, (E,)."""
+
+    context: np.ndarray
+    level: np.ndarray
+
+
+@partial(jax.jit, static_argnames="num_genes")
+def _mean_squares(
+    keys: Array, globals_: Globals, observations: Observations, layout: _Layout, num_genes: int
+) -> Array:
+    """Mean squares (S, 7, G) of the parts of the responses of training populations."""
+    num_conditions = len(layout.context)
+
+    def group_mean(values: Array, group: Array) -> Array:
+        counts = jax.ops.segment_sum(jnp.ones(num_conditions), group, num_conditions)
+        sums = jax.ops.segment_sum(values, group, num_conditions)
+        return (sums / jnp.maximum(counts, 1)[:, None])[group]
 
     def one(key: Array, g: Globals) -> Array:
-        effect = g.effect[: len(level), :num_genes]  # conditions of training
-        by_level = jax.ops.segment_sum(effect, level, int(level.max()) + 1)
-        by_level = (by_level / np.bincount(level)[:, None])[level]
-        rest = effect - by_level
-        counts = np.maximum(np.bincount(context_of, minlength=num_contexts), 1)[:, None]
-        by_context = (jax.ops.segment_sum(rest, context_of, num_contexts) / counts)[context_of]
-        parts = jnp.stack([by_level, by_context, rest - by_context])
+        num_contexts = g.alpha.shape[0]
+        effect = g.effect[:num_conditions, :num_genes]
+        by_level = group_mean(effect, layout.level)
+        by_context = group_mean(effect - by_level, layout.context)
+        parts = jnp.stack([by_level, by_context, effect - by_level - by_context])
 
         def batch(key: Array, b: Observations) -> tuple[Array, Array]:
             latents = draw_latents(key, g, b)
             strength = g.strength[b.condition][:, None]
             x = latents.control_mean[b.context] - g.alpha[b.context]
-            own = (strength * g.slope * x)[:, :num_genes]
+            own = strength * g.slope * x
             shared = strength * (latents.batch_effect + g.response_loading @ latents.microenvironment)
-            residual = (strength * g.response_scale[b.context])[:, :num_genes]
+            residual = strength * g.response_scale[b.context]
+            terms = jnp.concatenate([parts[:, b.condition], jnp.stack([own, shared, residual])[..., :num_genes]])
             noise = b.noise[num_contexts:] + b.noise[b.context]
-            terms = jnp.concatenate(
-                [parts[:, b.condition], jnp.stack([own, shared[:, :num_genes], residual])]
-            )
             square = jnp.concatenate([terms**2, noise[None, :, :num_genes]])
             used = (b.observed[num_contexts:] & b.observed[b.context])[:, None]
             return (square * used).sum(1), used.sum()
@@ -152,6 +171,4 @@ def variance_shares(fit: "Fit", keys: Array, globals_: Globals) -> np.ndarray:
         squares, counts = jax.vmap(batch)(jax.random.split(key, observations.mean.shape[0]), observations)
         return squares.sum(0) / jnp.maximum(counts.sum(), 1)
 
-    squares = np.asarray(jax.jit(jax.vmap(one))(keys, globals_)).mean(axis=0)
-    total = squares.sum(axis=0)
-    return (squares / np.where(total > 0, total, 1.0)).mean(axis=1)
+    return jax.vmap(one)(keys, globals_)

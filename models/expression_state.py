@@ -1,77 +1,139 @@
-"""What the counts of a cell say about its rates: size factor x low-rank cell state x a gamma factor per gene.
+"""What its counts say about a cell's rates: size factor x low-rank state x one gamma factor per gene.
 
-The program (counts y of cell i, gene g; library size L_i):
+Generative process, for counts y of cell i and gene g, library size L_i, K expression programs:
 
-    w_ik ~ Gamma(a, a / (L_i s_k))              weight of expression program k in the cell, around its share s_k
-    e_ig ~ Gamma(r_g, r_g)                      what is left, gene by gene
-    y_ig ~ Poisson(e_ig sum_k w_ik h_kg)
+    w_ik ~ Gamma(a, a / (L_i s_k))        molecules of program k in the cell, around the share s_k of the population
+    e_ig ~ Gamma(r_g, r_g)                what the programs leave: one factor of mean 1 per cell and gene
+    y_ig ~ Poisson(e_ig mu_ig),           mu_ig = sum_k w_ik h_kg
 
-Given y the weights and the gene factors are gamma variables again, so rates can be *drawn*; a posterior mean would
-shrink the spread between cells. Fitted by the updates of Poisson factorisation (Cemgil 2009, Comput. Intell. Neurosci. 785152;
-Gopalan, Hofman and Blei 2015, UAI) with the programs shrunk towards the population's mean profile.
+Given y, weights and factors are gamma variables again, so that rates can be *drawn*: a posterior mean would shrink
+the spread between cells. Fitted by the multiplicative updates of Poisson factorisation (Cemgil 2009, Computational
+Intelligence and Neuroscience 785152; Gopalan, Hofman and Blei 2015, UAI).
+
+| symbol | code | |
+|---|---|---|
+| w | `weight_shape`, `weight_rate` | posterior of w: Gamma(shape, rate), (n, K) |
+| h | `programs` | expected counts per unit of weight, (K, G), positive everywhere |
+| r | `shape` | (G,), large: no spread beyond the programs |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 
-PRIOR_WEIGHT = 2.0
-PROFILE_COUNT = 50.0
+WEIGHT_PRIOR = 2.0  # a: weights of a program vary between cells by 70 % before the counts are seen
+PROFILE_PRIOR = 50.0  # pseudo-molecules of the mean profile in each program: keeps programs of few cells near it
+SPREAD_PRIOR = 0.25  # 1/r where the counts cannot tell, and its standard deviation: induced genes have r of 2 to 20
+SPREAD_RANGE = (1e-4, 2.0)  # r above 1/2: below it a few stray cells would carry the whole gene
+MAX_PROGRAMS = 5
+CELLS_PER_PROGRAM = 100
+NUM_STEPS = 40
+NUM_CELLS = 2000  # enough for the programs; the weights of further cells are found with programs fixed
 
 
 @dataclass(frozen=True, eq=False)
 class ExpressionState:
-    weight_shape: np.ndarray  # (n,K)
-    weight_rate: np.ndarray  # (n,K)
-    programs: np.ndarray  # (K,G)
-    shape: np.ndarray  # (G,)
+    """Posterior of the rates of n cells, see the table of the module. All rates are expected counts of the cell."""
 
-    def draw_weights(self, rng):
+    weight_shape: np.ndarray
+    weight_rate: np.ndarray
+    programs: np.ndarray
+    shape: np.ndarray
+
+    def select(self, rows: np.ndarray) -> "ExpressionState":
+        """The state of the cells `rows` (m,), repeats allowed."""
+        return replace(self, weight_shape=self.weight_shape[rows], weight_rate=self.weight_rate[rows])
+
+    def draw_weights(self, rng: np.random.Generator) -> np.ndarray:
+        """Posterior draws of the weights w, (n, K): one draw of the cells' states, joint over all genes."""
         return rng.gamma(self.weight_shape) / self.weight_rate
 
-    def mean_rates(self):
-        return (self.weight_shape / self.weight_rate) @ self.programs
 
+def fit_expression_state(counts: sparse.csr_matrix, library_size: np.ndarray) -> ExpressionState:
+    """Fit the programs, the cells' weights and the gamma shapes to counts (n, G) with library sizes (n,).
 
-def fit_expression_state(counts, library_size, num_programs=5, num_steps=40, prior_shape=2.0, weight=10.0):
+    One program for each 100 cells, five at most; the fit is deterministic and equivariant to the order of the cells as long as they are
+    at most 2,000 (beyond, the programs are fitted on evenly spaced ones). Genes without counts get the rate of
+    half a molecule in the whole sample.
+    """
     y = sparse.csr_matrix(counts, dtype=np.float64)
-    n, G = y.shape
-    L = np.maximum(library_size, 1e-12)
-    h = (np.asarray(y.sum(0)).ravel() + 0.5) / L.sum()
-    tot = np.asarray(y.sum(1)).ravel()
-    K = num_programs
-    rows = np.repeat(np.arange(n), np.diff(y.indptr)); cols = y.indices
-    if K == 1:
-        W_shape = np.full((n, 1), 1e8); W_rate = 1e8 / L[:, None]; H = h[None]
+    library = np.maximum(np.asarray(library_size, dtype=np.float64), 1e-12)
+    profile = (np.asarray(y.sum(0)).ravel() + 0.5) / library.sum()
+    fitted = np.unique(np.linspace(0, len(library) - 1, min(NUM_CELLS, len(library))).astype(np.int64))
+    num_programs = int(np.clip(len(fitted) // CELLS_PER_PROGRAM, 1, MAX_PROGRAMS))
+    if num_programs == 1:
+        programs = profile[None]
+        share = np.ones(1)
     else:
-        S = np.full(K, 1 / K)
-        # start: cells ordered along leading principal components of the residuals
-        R = y.copy(); R.data = np.sqrt(R.data); R = sparse.diags_array(1 / np.sqrt(L)) @ R
-        R = np.asarray(R.todense()) if False else R.toarray() ; R = R - R.mean(0); 
-        u, s, vt = np.linalg.svd(R, full_matrices=False)
-        sc = u[:, : K - 1] * np.sign(vt[: K - 1].sum(1)); sc = sc / np.maximum(sc.std(0), 1e-12)
-        logits = np.column_stack([np.zeros(n), sc]); Z = np.exp(1.0 * logits); Z /= Z.sum(1, keepdims=True)
-        W = Z * L[:, None]
-        Hn = np.asarray((y.T @ (W / L[:, None])).T) + PROFILE_COUNT * h / h.sum()
-        H = Hn / Hn.sum(1, keepdims=True) * h.sum()
-        for _ in range(num_steps):
-            mu = np.einsum("ek,ek->e", W[rows], H[:, cols].T)
-            Q = sparse.csr_matrix((y.data / mu, y.indices, y.indptr), shape=y.shape)
-            A = W * (Q @ H.T)  # expected molecules per program
-            S = W.sum(0) / W.sum()
-            Wsh = PRIOR_WEIGHT + A; Wr = PRIOR_WEIGHT / (L[:, None] * S * 1) + H.sum(1)
-            Hn = H * (Q.T @ W).T + PROFILE_COUNT * h / h.sum()
-            W = Wsh / Wr
-            # gene totals: mean profile kept
-            H = Hn / (W.sum(0)[:, None] + PROFILE_COUNT / h.sum())
-        W_shape, W_rate = Wsh, Wr
-        m = (W_shape / W_rate) @ H
-        H = H * ((h * L.sum()) / np.maximum(m.sum(0), 1e-12))
-    m = (W_shape / W_rate) @ H
-    resid = y.toarray() - m
-    num = np.square(m).sum(0)
-    den = (np.square(resid) - m).sum(0)
-    base = weight * (h * L.mean()) ** 2
-    phi = (np.maximum(den, 0) + base / prior_shape) / (num + base)
-    return ExpressionState(W_shape, W_rate, H, 1 / phi)
+        programs, share = _fit_programs(y[fitted], library[fitted], profile, num_programs)
+    shape, rate = _weights(y, library, programs, share)
+    mean = shape[fitted] / rate[fitted] @ programs
+    return ExpressionState(shape, rate, programs, _gamma_shape(y[fitted].toarray(), mean))
+
+
+def _fit_programs(
+    y: sparse.csr_matrix, library: np.ndarray, profile: np.ndarray, num_programs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Programs (K, G) and their shares (K,), by expectation-maximisation from principal components."""
+    root = y.copy()
+    root.data = np.sqrt(root.data)
+    root = (root / np.sqrt(library)[:, None]).toarray()
+    scores, _, axes = np.linalg.svd(root - root.mean(0), full_matrices=False)
+    scores = scores[:, : num_programs - 1] * np.sign(axes[: num_programs - 1].sum(1))
+    start = np.exp(np.column_stack([np.zeros(len(library)), scores / scores.std(0)]))
+    weight = library[:, None] * start / start.sum(1, keepdims=True)
+    prior = PROFILE_PRIOR * profile / profile.sum()
+    programs = (y.T @ (weight / library[:, None])).T + prior
+    programs *= profile.sum() / programs.sum(1, keepdims=True)
+    for _ in range(NUM_STEPS):
+        ratio = _over_mean(y, weight, programs)
+        share = weight.sum(0) / weight.sum()
+        shape, rate = _update(ratio, library, weight, programs, share)
+        programs = (programs * (ratio.T @ weight).T + prior) / (weight.sum(0)[:, None] + prior.sum() / profile.sum())
+        weight = shape / rate
+    # what the priors pull away from the margins is given back: the programs keep each gene's mean
+    mean = weight.sum(0) @ programs
+    return programs * (profile * library.sum() / mean), weight.sum(0) / weight.sum()
+
+
+def _weights(
+    y: sparse.csr_matrix, library: np.ndarray, programs: np.ndarray, share: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior gamma shape and rate (n, K) of all cells' weights with the programs fixed."""
+    if len(programs) == 1:  # the size factor alone; nothing is uncertain about it
+        return np.full((len(library), 1), 1e8), 1e8 / library[:, None]
+    weight = library[:, None] * share
+    for _ in range(NUM_STEPS):
+        shape, rate = _update(_over_mean(y, weight, programs), library, weight, programs, share)
+        weight = shape / rate
+    return shape, rate
+
+
+def _over_mean(y: sparse.csr_matrix, weight: np.ndarray, programs: np.ndarray) -> sparse.csr_matrix:
+    """y / mu at the non-zero counts."""
+    cell = np.repeat(np.arange(y.shape[0]), np.diff(y.indptr))
+    mean = np.zeros(y.nnz)
+    for k in range(len(programs)):
+        mean += weight[cell, k] * programs[k, y.indices]
+    return sparse.csr_matrix((y.data / mean, y.indices, y.indptr), shape=y.shape)
+
+
+def _update(ratio, library, weight, programs, share):
+    """Posterior shape and rate (n, K) of the weights given the molecules' current attribution to programs."""
+    shape = WEIGHT_PRIOR + weight * (ratio @ programs.T)
+    rate = WEIGHT_PRIOR / (library[:, None] * share) + programs.sum(1)
+    return shape, rate
+
+
+def _gamma_shape(y: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Gamma shape per gene by moments, Var y = mu + mu^2 / r, shrunk to the prior as far as counts are few.
+
+    1/r is averaged with its prior by precision; the sampling variance is that of Poisson counts.
+    """
+    square = np.square(mean).sum(0)
+    estimate = (np.square(y - mean) - mean).sum(0) / square
+    precision = np.square(square) / (2 * square + mean.sum(0))
+    prior = 1 / np.square(SPREAD_PRIOR)
+    spread = (estimate * precision + SPREAD_PRIOR * prior) / (precision + prior)
+    return 1 / np.clip(spread, *SPREAD_RANGE)

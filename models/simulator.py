@@ -41,8 +41,8 @@ class SimulatorSettings:
     """What kind of world is drawn. Scales are standard deviations of natural-log rates unless said otherwise.
 
     The law over populations is Gaussian on the log-rate scale when `mixed_responders` and `bimodal_environment` are
-    both off. With `controls_blind` the controls carry no trace of the microenvironment, which then acts on responses only.
-    Raises ValueError for an inert perturbation or a combination that names a perturbation that is not listed.
+    both off. With `controls_blind` the controls carry no trace of the microenvironment, which then acts on responses
+    only. Raises ValueError for an inert perturbation or a combination that names a perturbation that is not listed.
     """
 
     contexts: tuple[str, ...] = ("lymphoid", "myeloid", "stromal")

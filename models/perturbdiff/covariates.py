@@ -73,6 +73,11 @@ class CovariateEncoder(eqx.Module):
     batch: LearnedTable | None
     transform: Affine
 
+    def __check_init__(self) -> None:
+        """Refuse an encoder that reads both a perturbation and a drug, or neither."""
+        if (self.perturbation is None) == (self.drug is None):
+            raise ValueError("a covariate encoder has either a perturbation table or a drug table")
+
     def __call__(self, perturbation: ArrayLike, cell_type: ArrayLike, batch: ArrayLike) -> Array:
         """Encode labels.
 
@@ -89,6 +94,7 @@ class CovariateEncoder(eqx.Module):
         """
         perturbation, cell_type, batch = (jnp.asarray(ids) for ids in (perturbation, cell_type, batch))
         main = self.drug if self.perturbation is None else self.perturbation
+        assert main is not None  # see __check_init__
         _check_ids("perturbation", perturbation, main)
         _check_ids("cell_type", cell_type, self.cell_type)
         branches = [main(perturbation)]

@@ -105,7 +105,7 @@ def denoising_loss(
     # The first pass costs nothing where it is not used, and its inputs carry no gradient.
     first = jax.lax.cond(
         draws.self_condition.any(),
-        lambda networks: estimate(*networks, jnp.zeros_like(x_t)),
+        lambda networks: estimate(networks[0], networks[1], jnp.zeros_like(x_t)),
         lambda networks: jnp.zeros_like(x_t),
         jax.lax.stop_gradient((denoiser, covariates)),
     )

@@ -91,9 +91,9 @@ def named_arrays(denoiser: Denoiser, encoder: CovariateEncoder | None = None) ->
     }
 
 
-def with_arrays(
-    denoiser: Denoiser, encoder: CovariateEncoder | None, arrays: Mapping[str, Array]
-) -> tuple[Denoiser, CovariateEncoder | None]:
+def with_arrays[Encoder: CovariateEncoder | None](
+    denoiser: Denoiser, encoder: Encoder, arrays: Mapping[str, Array]
+) -> tuple[Denoiser, Encoder]:
     """The networks with the named arrays in place of their own."""
 
     def replace(prefix: str, module):

@@ -104,8 +104,14 @@ def step(state: TrainState, batch: Batch, key: Array, recipe: Recipe) -> tuple[T
     rate = (recipe.learning_rate * learning_rate_ratio(state.step, recipe.max_steps)).astype(jnp.float32)
     networks = with_arrays(*state.networks, {n: p - rate * updates[n] for n, p in parameters.items()})
     state = state._replace(networks=networks, optimiser=optimiser, step=state.step + 1)
-    due = (state.step - 1) % recipe.average_every == 0
-    state = jax.lax.cond(due, lambda s: update_average(s, recipe), lambda s: s, state)
+    average, num_averaged = jax.lax.cond(
+        (state.step - 1) % recipe.average_every == 0,
+        lambda average, number: _average(average, number, networks, recipe.average_decay),
+        lambda *old: old,
+        state.average,
+        state.num_averaged,
+    )
+    state = state._replace(average=average, num_averaged=num_averaged)
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in gradients.values()))
     return state, TrainInfo(loss, terms, norm, rate)
 
@@ -116,13 +122,8 @@ def update_average(state: TrainState, recipe: Recipe) -> TrainState:
     `step` does so after optimiser steps 1, 11, 21, ...; the published training also does after every epoch, which
     is for the loop that knows epochs.
     """
-    decay = jnp.where(state.num_averaged == 0, 0.0, recipe.average_decay)
-
-    def mix(old: Array, new: Array) -> Array:
-        return decay * old + (1.0 - decay) * new if eqx.is_inexact_array(old) else new
-
-    average = jax.tree.map(mix, state.average, state.networks)
-    return state._replace(average=average, num_averaged=state.num_averaged + 1)
+    average, number = _average(state.average, state.num_averaged, state.networks, recipe.average_decay)
+    return state._replace(average=average, num_averaged=number)
 
 
 def loss_and_gradients(
@@ -135,7 +136,7 @@ def loss_and_gradients(
         return denoising_loss(*networks, batch, draws, schedule, recipe.energy_weight)
 
     value, gradients = eqx.filter_value_and_grad(loss, has_aux=True)(networks)
-    return value, {name: g for name, g in named_arrays(*gradients).items() if g is not None}
+    return value, named_arrays(*gradients)
 
 
 def parameter_group(name: str, depth: int) -> str:
@@ -158,6 +159,16 @@ def is_decayed(name: str) -> bool:
     return not name.endswith(".bias")
 
 
+def _average(average: Networks, number: Array, networks: Networks, decay: float) -> tuple[Networks, Array]:
+    """Mean weights with `networks` taken in, and how many were."""
+    kept = jnp.where(number == 0, 0.0, decay)
+
+    def mix(old: Array, new: Array) -> Array:
+        return kept * old + (1.0 - kept) * new if eqx.is_inexact_array(old) else new
+
+    return jax.tree.map(mix, average, networks), number + 1
+
+
 def _trainable(networks: Networks) -> dict[str, Array]:
     """Floating-point arrays by official name."""
     return {name: a for name, a in named_arrays(*networks).items() if eqx.is_inexact_array(a)}
@@ -167,7 +178,7 @@ def _reached(networks: Networks, batch: Batch, draws: Draws) -> dict[str, Array]
     """Which groups this batch reaches."""
     reached = {"condition": draws.keep_condition.any(), "null": ~draws.keep_condition.all()}
     for i, source in enumerate(networks[0].sources):
-        reached[f"source {source}"] = (batch.source == i).any()
+        reached[f"source {source}"] = (jnp.asarray(batch.source) == i).any()
     return reached
 
 

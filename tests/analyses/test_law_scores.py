@@ -73,7 +73,9 @@ def test_pit_is_uniform_for_the_right_law_and_not_for_wrong_ones(rng):
         return np.histogram(pit(draws, truth, rng), 10, (0, 1))[0]
 
     chi_square = ((counts(truth) - 2000) ** 2 / 2000).sum()
-    assert chi_square < 33  # chi-square(9) exceeds it with probability 1e-4
+    assert (
+        chi_square < 40
+    )  # chi-square(9) exceeds it with probability 1e-5; without sharing ties it is > 1,000
     too_wide = counts(rng.poisson(9, size=20_000) - 6)
     assert too_wide[0] > 3000  # truth more spread than the law: mass at the ends
     assert too_wide[-1] > 3000
@@ -85,7 +87,9 @@ def test_score_law_is_calibrated_when_the_law_is_true_and_says_so_when_it_is_nar
     truth = latent + np.sqrt(noise) * rng.normal(size=latent.shape)
     variance = np.full_like(truth, noise)
     right = score_law(rng.normal(size=(200, *latent.shape)), truth, variance, rng)
-    assert set(right) == {"excess", "crps", "pit"} | {f"{k}_{lev}" for lev in LEVELS for k in ("covered", "width")}
+    assert set(right) == {"excess", "crps", "pit"} | {
+        f"{k}_{lev}" for lev in LEVELS for k in ("covered", "width")
+    }
     for level in LEVELS:
         cover = right[f"covered_{level}"].mean()
         assert abs(cover - level / 100) < 4 * np.sqrt(level / 100 * (1 - level / 100) / truth.size)
@@ -125,7 +129,9 @@ def test_the_squared_norm_would_be_blind_to_spread(rng):
     for name, spread in {"right": 1.0, "point": 0.0}.items():
         laws = [spread * rng.normal(size=(100, 5)) for _ in truths]
         pairs = list(zip(laws, truths, strict=True))
-        scores[name] = np.array([(population_energy_score(*pair, noise, rng), squared(*pair)) for pair in pairs])
+        scores[name] = np.array(
+            [(population_energy_score(*pair, noise, rng), squared(*pair)) for pair in pairs]
+        )
     gain = scores["point"] - scores["right"]
     error = gain.std(0) / np.sqrt(num_truths)
     assert gain[:, 0].mean() > 5 * error[0]  # the unsquared norm prefers the right law

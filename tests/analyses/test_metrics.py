@@ -52,7 +52,10 @@ def test_energy_distance_equals_its_definition_whatever_the_block(rng, block, mo
 def test_energy_distance_does_not_reward_more_cells(rng):
     def repeated(num_cells, shift):
         return np.array(
-            [energy_distance(rng.normal(size=(num_cells, 3)) + shift, rng.normal(size=(40, 3))) for _ in range(200)]
+            [
+                energy_distance(rng.normal(size=(num_cells, 3)) + shift, rng.normal(size=(40, 3)))
+                for _ in range(200)
+            ]
         )
 
     for shift in (0.0, 0.5):

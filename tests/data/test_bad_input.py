@@ -140,7 +140,7 @@ BROKEN = {
     "fractions as counts": (with_values(half), {"scale": "counts"}, ["X = ", "whole numbers"], "layer="),
     "logged as counts": (with_values(logged), {"scale": "counts"}, ["logged data"], "scale='log1p'"),
     "counts as log1p": (nothing, {"scale": "log1p"}, ["scale = 'log1p'", "whole number"], "scale='counts'"),
-    "scale not declared": (with_values(logged), {}, ["scale = None"], "pass scale='log1p'"),
+    "scale not declared": (with_values(logged), {}, ["scale = None", "values from 0 to "], "pass scale='log1p'"),
     "unknown scale": (nothing, {"scale": "cpm"}, ["'cpm'"], "'counts', 'log1p', 'other'"),
     "duplicate genes": (twice_named("var"), {}, ["gene names", "'g1'"], "var_names_make_unique"),
     "duplicate cells": (twice_named("obs"), {}, ["cell names", "'cell"], "obs_names_make_unique"),

@@ -3,6 +3,7 @@
 import tracemalloc
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -173,6 +174,17 @@ def test_continuous_values_stay_as_they_are(scale, sparse, make_screen, read):
     populations = read(adata, scale=scale)
     assert populations.library_size is None
     np.testing.assert_array_equal(gather(populations, 31), dense(adata))
+
+
+def test_half_precision_files_can_be_read(make_screen, read, tmp_path):
+    path = tmp_path / "half.h5ad"
+    adata = make_screen()
+    adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        values = file["X/data"][:].astype(np.float16)
+        del file["X/data"]
+        file["X/data"] = values
+    np.testing.assert_allclose(gather(read(path), 50), log1p_cp10k(dense(adata)), rtol=1e-12)
 
 
 def test_stored_zeros_and_repeated_indices_change_nothing(make_screen, read):

@@ -119,6 +119,13 @@ def test_unseen_pair_hides_pairs_everywhere_and_leaves_each_half_elsewhere(seed)
         assert (kept["context"] == context).any()
 
 
+def test_unseen_pair_leaves_every_context_a_perturbation():
+    labels = table(contexts=6, perturbations=("A", "B"))
+    for seed in range(4):
+        kept = labels[training_mask(make_split(labels, "unseen_pair", seed, fraction=0.9), labels)]
+        assert set(kept[~kept["is_control"]]["context"]) == set(labels["context"])
+
+
 def test_few_shot_gives_one_population_per_hidden_batch():
     labels = table()
     split = make_split(labels, "few_shot", fraction=0.4)

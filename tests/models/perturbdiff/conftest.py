@@ -48,7 +48,7 @@ def networks(golden) -> tuple[perturbdiff.Denoiser, perturbdiff.CovariateEncoder
     return perturbdiff.from_state_dict(golden.state("param/"), num_heads=4)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _full_precision() -> Iterator[None]:
     with jax.default_matmul_precision("highest"):
         yield
