@@ -72,6 +72,10 @@ def run_demo(file: Path | None, keys: KeyOptions | None, out: Path) -> None:
         scores = evaluate(draws, populations, cells)
         (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         results.print(*results_tables(scores | {"split": split.name}))
+        notices.print(
+            "The null adds the mean shift of the training batches to the new controls; below 1 x null is better.",
+            style="dim",
+        )
 
         _say("write the report", f"report {out}/draws.nc --out {out}/report.html")
         report(draws, folder / "report.html")
@@ -81,5 +85,6 @@ def run_demo(file: Path | None, keys: KeyOptions | None, out: Path) -> None:
 
 
 def _say(what: str, command: str) -> None:
+    notices.print()
     notices.rule(f"[bold]{what}", align="left")
     notices.print(f"hilbertcell {command}", style="dim", markup=False, highlight=False)

@@ -60,7 +60,10 @@ def save_fit(fit: Fit, path: Path, *, force: bool = False) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         folder = Path(scratch) / "fit"
         folder.mkdir()
-        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / "arrays.safetensors")
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in arrays.items()},
+            folder / "arrays.safetensors",
+        )
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         stats = xr.Dataset({"elbo": (("chain", "svi_step"), -fit.losses[None])})
         xr.DataTree.from_dict({"sample_stats": stats}).to_netcdf(folder / "inference.nc")
@@ -89,9 +92,7 @@ def read_fit(path: Path) -> Fit:
         raise ValueError(
             f"{path} was written in format {manifest.get('format')}, this version reads {FORMAT}; fit again"
         )
-    parts: dict[str, Any] = {
-        name: kind.from_arrays(_under(arrays, name)) for name, kind in _PARTS.items()
-    }
+    parts: dict[str, Any] = {name: kind.from_arrays(_under(arrays, name)) for name, kind in _PARTS.items()}
     features = None
     if manifest["feature_rows"] is not None:
         features = pd.DataFrame(
@@ -113,4 +114,8 @@ def read_fit(path: Path) -> Fit:
 
 
 def _under(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(f"{prefix}."): value for name, value in arrays.items() if name.startswith(f"{prefix}.")}
+    return {
+        name.removeprefix(f"{prefix}."): value
+        for name, value in arrays.items()
+        if name.startswith(f"{prefix}.")
+    }

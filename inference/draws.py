@@ -112,11 +112,15 @@ def predict(
             loglik.append(np.asarray(batch_log_density(globals_, observations)))
             scalars.append(_scalars(fit, globals_))
             if not shares.size:
-                shares = variance_shares(fit, keys[:_SHARE_DRAWS], jax.tree.map(lambda leaf: leaf[:_SHARE_DRAWS], globals_))
+                shares = variance_shares(
+                    fit, keys[:_SHARE_DRAWS], jax.tree.map(lambda leaf: leaf[:_SHARE_DRAWS], globals_)
+                )
             checks.append(check.draw(jax.random.fold_in(key, len(tables) + 1), globals_))
             bar.advance(task, block.stop - block.start)
     batches = [*fit.table.batches, *(f"{b} (new)" if b in fit.table.batches else b for b in u_new)]
-    factors = np.concatenate([np.concatenate(u_train), *(np.concatenate(u)[:, None] for u in u_new.values())], axis=1)
+    factors = np.concatenate(
+        [np.concatenate(u_train), *(np.concatenate(u)[:, None] for u in u_new.values())], axis=1
+    )
     tree = _assemble(
         fit, given, wanted, mean, shift, embedding, batches, align(factors)[0], np.concatenate(loglik),
         {name: np.concatenate([s[name] for s in scalars]) for name in scalars[0]},
@@ -154,7 +158,10 @@ def _assemble(
     units = {"log1p_cp10k": "log1p(counts per 10,000)", "log1p": "log1p", "other": "units of the data"}[scale]
     population = {
         "population": wanted.index.to_numpy(dtype=str),
-        **{name: ("population", wanted[name].to_numpy(dtype=str)) for name in ("context", "perturbation", "batch")},
+        **{
+            name: ("population", wanted[name].to_numpy(dtype=str))
+            for name in ("context", "perturbation", "batch")
+        },
         "dose": ("population", wanted["dose"].to_numpy(dtype=float)),
     }
     genes = {"gene": fit.genes.astype(str)}
@@ -188,7 +195,9 @@ def _assemble(
             "batch": np.array(batches, dtype=str),
             "in_training": ("batch", np.arange(len(batches)) < len(fit.table.batches)),
             "factor": np.arange(factors.shape[-1]),
-            "condition": [f"{c} | {level}" for (c, _, _), level in zip(fit.names.conditions, levels, strict=True)],
+            "condition": [
+                f"{c} | {level}" for (c, _, _), level in zip(fit.names.conditions, levels, strict=True)
+            ],
         },
     )
     loglik_set = xr.Dataset(
@@ -204,10 +213,22 @@ def _assemble(
         "perturbations": list(dict.fromkeys(level[0] for level in fit.names.levels)),
         "held_out": list(fit.held_out),
     }
-    components = ["perturbation", "context", "interaction", "own baseline", "microenvironment", "residual", "sampling noise"]
+    components = [
+        "perturbation",
+        "context",
+        "interaction",
+        "own baseline",
+        "microenvironment",
+        "residual",
+        "sampling noise",
+    ]
     constants = constants.assign_coords(**population, **genes, component=components)
     constants["variance_decomposition"] = ("component", shares)
-    constants.attrs = {"warnings": json.dumps(given.notices), "data_summary": json.dumps(summary)}
+    constants.attrs = {
+        "warnings": json.dumps(given.notices),
+        "data_summary": json.dumps(summary),
+        "training_populations": json.dumps(labels.index.tolist()),  # `evaluate` refuses to score these
+    }
     observed = observed.assign_coords(**population, **genes)
     observed["population_mean"] = ("observation", check.observed)
     predictive = xr.Dataset(

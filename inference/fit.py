@@ -107,8 +107,12 @@ class Fit:
 
     @property
     def num_factors(self) -> int:
-        """Upper bound on the factors: the setting, but no more than the batches can tell apart."""
-        return min(self.settings.num_factors, max(len(self.table.batches) - 1, 0))
+        """Upper bound on the factors: the setting, but at most one for every three batches beyond the first.
+
+        Loadings of more factors are estimated from fewer batches than it takes to know them: the posterior of a
+        variational fit is then too sure of them.
+        """
+        return min(self.settings.num_factors, (len(self.table.batches) - 1) // 3)
 
     @cached_property
     def program_args(self) -> tuple[Any, ...]:

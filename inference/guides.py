@@ -8,6 +8,7 @@ feature) and dropped between features. Wide sites of large screens (many conditi
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -40,20 +41,24 @@ class BlockGuide:
     ) -> None:
         """Trace `program(*args)` for its latent sites.
 
-        `initial` gives constrained starting values by site, `initial_sd` starting spreads of feature sites (0.1
-        where absent); sites without a value start at a draw from the prior.
+        `initial` gives a constrained starting value for every site, `initial_sd` the starting spread of every
+        feature site; both may hold more. The spread of shared sites is 0.1.
         """
-        trace = handlers.trace(handlers.seed(program, 0)).get_trace(*args)
+        sites: dict[str, tuple[Any, bool]] = {}
+
+        def collect() -> None:
+            trace = handlers.trace(handlers.seed(program, 0)).get_trace(*args)
+            for name, site in trace.items():
+                if site["type"] == "sample" and not site["is_observed"]:
+                    local = any(frame.name == "feature" for frame in site["cond_indep_stack"])
+                    sites[name] = biject_to(site["fn"].support), local
+
+        jax.eval_shape(collect)  # abstractly: nothing is compiled only to learn the names
         self._shared: list[_Site] = []
         self._feature: list[_Site] = []
         start: dict[str, Array] = {}
-        for name, site in trace.items():
-            if site["type"] != "sample" or site["is_observed"]:
-                continue
-            local = any(frame.name == "feature" for frame in site["cond_indep_stack"])
-            transform = biject_to(site["fn"].support)
-            value = jnp.asarray(initial.get(name, site["value"]))
-            start[name] = transform.inv(value)
+        for name, (transform, local) in sites.items():
+            start[name] = transform.inv(jnp.asarray(initial[name], float))
             shape = start[name].shape[int(local) :]
             (self._feature if local else self._shared).append(_Site(name, shape, transform))
         self._feature.sort(key=lambda site: int(np.prod(site.shape)))
@@ -64,9 +69,9 @@ class BlockGuide:
         self._start_feature = jnp.concatenate(
             [start[site.name].reshape(num_features, -1) for site in self._feature], axis=1
         )
-        spread = {name: jnp.asarray(value).reshape(num_features, -1) for name, value in initial_sd.items()}
-        default = {site.name: jnp.full((num_features, int(np.prod(site.shape))), _INITIAL_SD) for site in self._feature}
-        self._start_sd = jnp.concatenate([(default | spread)[site.name] for site in self._feature], axis=1)
+        self._start_sd = jnp.concatenate(
+            [jnp.asarray(initial_sd[site.name]).reshape(num_features, -1) for site in self._feature], axis=1
+        )
 
     def initial_params(self) -> dict[str, Array]:
         """Starting values of the variational parameters."""

@@ -1,6 +1,7 @@
 """Draws of latent population means from a fitted program: globals from the guide, latents exactly."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # Globals of 2,000 features x 100 conditions take 2 MB a draw: blocks of 50 stay near 100 MB.
 DRAW_BLOCK = 50
+
+# What runs for a second spends its time in the compiler, five times faster so; draws are bound by memory anyway.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 class BatchTargets(NamedTuple):
@@ -54,7 +58,7 @@ def globals_sampler(fit: "Fit") -> Callable[[Array], tuple[dict[str, Array], Glo
         sites = guide.sample(key, params)
         return sites, handlers.substitute(handlers.seed(hidden_factor_program, 0), data=sites)(*args)
 
-    return jax.jit(jax.vmap(one))
+    return jax.jit(jax.vmap(one), compiler_options=QUICK_COMPILE)
 
 
 def draw_globals(
@@ -67,7 +71,10 @@ def draw_globals(
     """
     num_known, num_new = len(fit.names.conditions), len(names.conditions) - len(fit.names.conditions)
     key_sites, key_extend = jax.random.split(jax.random.key(seed))
-    site_keys, extend_keys = jax.random.split(key_sites, num_samples), jax.random.split(key_extend, num_samples)
+    site_keys, extend_keys = (
+        jax.random.split(key_sites, num_samples),
+        jax.random.split(key_extend, num_samples),
+    )
     if num_new:
         kernels = similarity_kernels(names.structure(perturbations))
         # A kernel that training could not tell apart from others had no amplitude there; it stays switched off.
@@ -87,7 +94,7 @@ def draw_globals(
                 by_level = jnp.ones_like(by_level)
             return drawn._replace(effect=effect, strength=by_level[level])
 
-        extend_all = jax.jit(jax.vmap(extend))
+        extend_all = jax.jit(jax.vmap(extend), compiler_options=QUICK_COMPILE)
     for start in range(0, num_samples, DRAW_BLOCK):
         block = slice(start, min(start + DRAW_BLOCK, num_samples))
         sites, drawn = fit.sample_globals(site_keys[block])
@@ -96,9 +103,14 @@ def draw_globals(
         yield block, drawn
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=QUICK_COMPILE)
 def _draw_batch(
-    keys: Array, globals_: Globals, observations: Observations, condition: Array, context: Array, seen: Observations
+    keys: Array,
+    globals_: Globals,
+    observations: Observations,
+    condition: Array,
+    context: Array,
+    seen: Observations,
 ) -> tuple[Array, Array, Array]:
     def one(key: Array, globals_: Globals) -> tuple[Array, Array, Array]:
         key_latents, key_response = jax.random.split(key)
@@ -112,17 +124,19 @@ def _draw_batch(
 def draw_batch(key: Array, globals_: Globals, targets: BatchTargets) -> BatchDraws:
     """Draws for one batch, one per draw of the globals (leading axis S of every leaf)."""
     keys = jax.random.split(key, globals_.slope.shape[0])
-    drawn = _draw_batch(keys, globals_, targets.observations, targets.condition, targets.context, targets.seen)
+    drawn = _draw_batch(
+        keys, globals_, targets.observations, targets.condition, targets.context, targets.seen
+    )
     return BatchDraws(*(np.asarray(value) for value in drawn))
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=QUICK_COMPILE)
 def batch_log_density(globals_: Globals, observations: Observations) -> Array:
     """Collapsed log density (S, B) of every batch under draws of the globals (leading axis S)."""
     return jax.vmap(lambda g: PopulationMeans(g, observations).log_prob(observations.mean))(globals_)
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=QUICK_COMPILE)
 def draw_microenvironments(keys: Array, globals_: Globals, observations: Observations) -> Array:
     """Draws (S, B, K) of `u` of batches given their observed populations."""
 

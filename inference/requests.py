@@ -45,7 +45,9 @@ def read_batches(fit: "Fit", populations: Populations, observe: bool, new_batch:
     labels, notices = populations.labels, []
     if not observe and not labels["is_control"].all():
         ignored = int((~labels["is_control"]).sum())
-        notices.append(f"{ignored} perturbed populations of the file were ignored (observe conditions on them)")
+        notices.append(
+            f"{ignored} perturbed populations of the file were ignored (observe conditions on them)"
+        )
         populations = populations.select(labels["is_control"])
     labels = populations.labels
     unknown = sorted(set(labels["context"]) - set(fit.names.contexts))
@@ -69,7 +71,9 @@ def read_batches(fit: "Fit", populations: Populations, observe: bool, new_batch:
     within = shrunken_covariance(moments, fit.prior, fit.names.contexts)
     if observe and not set(labels["batch"]) <= new:
         known_here = sorted(set(labels["batch"]) - new)
-        notices.append(f"batches {listing(known_here)} are training batches: their training populations are used")
+        notices.append(
+            f"batches {listing(known_here)} are training batches: their training populations are used"
+        )
     table = program_table(moments.labels, moments.mean, within.noise_variance, fit.names, fit.unit)
     return Given(moments, table, new, [*populations.warnings, *notices])
 
@@ -100,9 +104,13 @@ def choose_targets(fit: "Fit", labels: pd.DataFrame, targets: pd.DataFrame | Non
     else:
         lacking = [column for column in ("context", "perturbation", "batch") if column not in targets.columns]
         if lacking:
-            raise DataError(f"targets = {listing(list(targets.columns))}: columns {listing(lacking)} are missing; add them")
+            raise DataError(
+                f"targets = {listing(list(targets.columns))}: columns {listing(lacking)} are missing; add them"
+            )
         wanted = targets.copy()
-        wanted["dose"] = pd.to_numeric(wanted["dose"], errors="coerce").fillna(-1.0) if "dose" in wanted else -1.0
+        wanted["dose"] = (
+            pd.to_numeric(wanted["dose"], errors="coerce").fillna(-1.0) if "dose" in wanted else -1.0
+        )
         for column in ("context", "perturbation", "batch"):
             wanted[column] = wanted[column].astype(str)
         lost = wanted.merge(pairs, how="left", indicator=True)
@@ -114,13 +122,20 @@ def choose_targets(fit: "Fit", labels: pd.DataFrame, targets: pd.DataFrame | Non
                 f"{listing([f'{c} | {b}' for c, b in pairs.itertuples(index=False)])}"
             )
         if (wanted["perturbation"] == fit.keys.control).any():
-            raise DataError(f"targets: perturbation {fit.keys.control!r} is the control label; ask for perturbed ones")
+            raise DataError(
+                f"targets: perturbation {fit.keys.control!r} is the control label; ask for perturbed ones"
+            )
     if wanted.empty:
-        raise DataError("targets = none: nothing to predict; name at least one context, perturbation and batch")
-    wanted = wanted.drop_duplicates().sort_values(["context", "batch", "perturbation", "dose"], ignore_index=True)
+        raise DataError(
+            "targets = none: nothing to predict; name at least one context, perturbation and batch"
+        )
+    wanted = wanted.drop_duplicates().sort_values(
+        ["context", "batch", "perturbation", "dose"], ignore_index=True
+    )
     wanted["dose"] = wanted["dose"].where(wanted["dose"] >= 0)
     wanted.index = pd.Index(
-        [population_name(r.context, r.perturbation, r.dose, r.batch) for r in wanted.itertuples()], name="population"
+        [population_name(r.context, r.perturbation, r.dose, r.batch) for r in wanted.itertuples()],
+        name="population",
     )
     return wanted
 

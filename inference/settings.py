@@ -14,7 +14,9 @@ class Settings(BaseModel):
     num_factors: int = Field(3, ge=0, le=32, description="upper bound on microenvironment factors")
     num_random_features: int = Field(48, ge=0, description="random Fourier features beside the genes")
     num_components: int = Field(16, ge=1, description="principal components that the random features see")
-    max_pilot_cells: int = Field(20_000, ge=10, description="training cells that fix components and bandwidths")
+    max_pilot_cells: int = Field(
+        20_000, ge=10, description="training cells that fix components and bandwidths"
+    )
     noise_rank: int = Field(24, ge=1, le=128, description="rank of the within-population covariance")
     max_coordinates: int = Field(64, ge=1, description="upper bound on signal-ordered coordinates")
     num_steps: int = Field(1000, ge=10, description="steps of stochastic variational inference")

@@ -31,7 +31,9 @@ def starting_values(fit: "Fit") -> tuple[dict[str, np.ndarray], dict[str, np.nda
     # Responses against the batch's own control, or the context's where it has none.
     own = np.where(has_control, controls, alpha)
     own = np.take_along_axis(own, observations.context[..., None], 1)
-    own_noise = np.take_along_axis(np.where(has_control, noise[:, :num_contexts], 0.0), observations.context[..., None], 1)
+    own_noise = np.take_along_axis(
+        np.where(has_control, noise[:, :num_contexts], 0.0), observations.context[..., None], 1
+    )
     response, has_response = mean[:, num_contexts:] - own, seen[:, num_contexts:]
     one_hot = (observations.condition[..., None] == np.arange(num_conditions)) & has_response
     times = one_hot.sum((0, 1))[:, None]

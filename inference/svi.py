@@ -45,7 +45,7 @@ def fit_svi(
         return svi.update(state, *args)
 
     block = jax.jit(lambda state: jax.lax.scan(body, state, None, length=_block_length(num_steps)))
-    state, losses = svi.init(key, *args), []
+    state, losses = jax.jit(lambda key: svi.init(key, *args))(key), []
     for _ in range(num_steps // _block_length(num_steps)):
         state, block_losses = block(state)
         losses.append(np.asarray(block_losses))

@@ -41,7 +41,9 @@ class Vocabulary:
     def level_index(self) -> np.ndarray:
         """(E,) index of each condition's level."""
         position = {level: i for i, level in enumerate(self.levels)}
-        return np.array([position[perturbation, dose] for _, perturbation, dose in self.conditions], dtype=int)
+        return np.array(
+            [position[perturbation, dose] for _, perturbation, dose in self.conditions], dtype=int
+        )
 
     def extend(self, conditions: Sequence[Condition]) -> "Vocabulary":
         """The same names with unseen conditions appended; known ones keep their indices."""

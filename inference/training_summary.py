@@ -11,6 +11,7 @@ import xarray as xr
 from jax import Array
 
 from hilbertcell.data.moments import Moments
+from hilbertcell.inference.predictive import QUICK_COMPILE
 from hilbertcell.inference.tables import Condition, condition_of, shrunken_covariance
 from hilbertcell.models.microenvironment import Globals, Observations, draw_latents
 
@@ -39,9 +40,7 @@ def target_constants(
     num_genes = len(fit.genes)
     within = shrunken_covariance(moments, fit.prior, fit.names.contexts)
     control = {
-        (row.context, row.batch): j
-        for j, row in enumerate(moments.labels.itertuples())
-        if row.is_control
+        (row.context, row.batch): j for j, row in enumerate(moments.labels.itertuples()) if row.is_control
     }
     pairs = _paired_training(fit)
     overall = [pair for found in pairs.values() for pair in found]
@@ -50,7 +49,13 @@ def target_constants(
     shape = (len(wanted), num_genes)
     out = {
         name: np.full(shape, np.nan)
-        for name in ("control_variance", "noise_variance", "training_shift", "training_shift_sd", "sd_log_ratio")
+        for name in (
+            "control_variance",
+            "noise_variance",
+            "training_shift",
+            "training_shift_sd",
+            "sd_log_ratio",
+        )
     }
     control_mean, control_n = np.full(shape, np.nan), np.zeros(len(wanted))
     library, num_batches = np.zeros(len(wanted)), np.zeros(len(wanted), int)
@@ -136,7 +141,7 @@ class _Layout(NamedTuple):
     level: np.ndarray
 
 
-@partial(jax.jit, static_argnames="num_genes")
+@partial(jax.jit, static_argnames="num_genes", compiler_options=QUICK_COMPILE)
 def _mean_squares(
     keys: Array, globals_: Globals, observations: Observations, layout: _Layout, num_genes: int
 ) -> Array:
@@ -162,7 +167,9 @@ def _mean_squares(
             own = strength * g.slope * x
             shared = strength * (latents.batch_effect + g.response_loading @ latents.microenvironment)
             residual = strength * g.response_scale[b.context]
-            terms = jnp.concatenate([parts[:, b.condition], jnp.stack([own, shared, residual])[..., :num_genes]])
+            terms = jnp.concatenate(
+                [parts[:, b.condition], jnp.stack([own, shared, residual])[..., :num_genes]]
+            )
             noise = b.noise[num_contexts:] + b.noise[b.context]
             square = jnp.concatenate([terms**2, noise[None, :, :num_genes]])
             used = (b.observed[num_contexts:] & b.observed[b.context])[:, None]

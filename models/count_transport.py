@@ -17,6 +17,7 @@ cells have larger log1p means), and the given ratio is only the start; the solut
 exp(LIBRARY_SLACK), so that targets which contradict each other end in an error of the means, not in absurd depths.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,8 @@ TOLERANCE = 0.1  # of the Monte Carlo standard error of a mean; its square is lo
 CHUNK_ENTRIES = 1 << 17  # non-zero counts worked on at once: what stays near the processor
 MAX_ROUNDS = 6  # new marks, with a wider range, for gains that ran out of theirs
 MAX_STEPS = 8
-COUPLED_STEPS = 2
+COUPLED_STEPS = 1
+NUM_THREADS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,8 @@ def transport_counts(
         outside = np.rint(outside)
     state = fit_expression_state(y, library) if state is None else state
     weights = state.draw_weights(rng).astype(np.float32)
-    chunks, now = _solve(_Problem(y, library, outside, weights, state, library_ratio, target), rng)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        chunks, now = _solve(_Problem(y, library, outside, weights, state, library_ratio, target), rng, pool.map)
     return _assemble(chunks, now.counts, y), now.library
 
 
@@ -131,7 +134,7 @@ def _check(y, library, target, library_ratio, outside):
         )
 
 
-def _solve(problem: _Problem, rng: np.random.Generator) -> tuple[list[MarkedCounts], _Moments]:
+def _solve(problem: _Problem, rng: np.random.Generator, each) -> tuple[list[MarkedCounts], _Moments]:
     """Marked counts in chunks of genes, and their moments at the target."""
     y = problem.counts.tocsc()
     y.sort_indices()
@@ -139,7 +142,7 @@ def _solve(problem: _Problem, rng: np.random.Generator) -> tuple[list[MarkedCoun
     molecule = np.log1p(TARGET_SUM / max(float(np.quantile(problem.library, 0.05)), 1.0)) / num_cells
     shape, programs = problem.state.shape.astype(np.float32), problem.state.programs.astype(np.float32)
 
-    def reveal(genes, low, high):
+    def reveal(genes, low, high, rng):
         return reveal_marks(
             y, genes, lambda g: programs[:, g].T @ problem.weights.T, shape, 1 / SPREAD_PRIOR, low, high, rng
         )
@@ -148,17 +151,16 @@ def _solve(problem: _Problem, rng: np.random.Generator) -> tuple[list[MarkedCoun
     expected = problem.weights.sum(0) @ problem.state.programs
     ceiling = 10 * max(problem.library_ratio, 1.0) * problem.library.sum() / np.maximum(expected, 1e-300)
     gain, low, high = (np.minimum(x, ceiling) for x in _first_gains(y, problem, molecule))
-    chunks = [
-        reveal(genes, low, high) for genes in np.array_split(np.arange(num_genes), min(num_genes, 1 + y.nnz // CHUNK_ENTRIES))
-    ]
+    parts = np.array_split(np.arange(num_genes), min(num_genes, 1 + y.nnz // CHUNK_ENTRIES))
+    chunks = list(each(lambda genes, rng: reveal(genes, low, high, rng), parts, rng.spawn(len(parts))))
     for _ in range(MAX_ROUNDS):
-        gain, now, error = _match(chunks, gain, low, high, problem, molecule)
+        gain, now, error = _match(chunks, gain, low, high, problem, molecule, each)
         short, over = (error > 0) & (gain >= high) & (high < ceiling), (error < 0) & (gain <= low) & (low > 0)
         redo = short | over
         if not redo.any():
             break
         low, high = np.where(over, gain / 4, low), np.minimum(np.where(short, gain * 4, high), ceiling)
-        chunks = [chunk.select(~redo[chunk.genes]) for chunk in chunks] + [reveal(np.flatnonzero(redo), low, high)]
+        chunks = [chunk.select(~redo[chunk.genes]) for chunk in chunks] + [reveal(np.flatnonzero(redo), low, high, rng)]
     return chunks, now
 
 
@@ -173,11 +175,11 @@ def _first_gains(y, problem, molecule):
     return gain, guesses.min(0) / width, guesses.max(0) * width
 
 
-def _match(chunks, gain, low, high, problem, molecule):
+def _match(chunks, gain, low, high, problem, molecule, each):
     """Gains in [low, high] whose recomputed means match, as far as they can; with moments and errors (G,)."""
     gain = np.clip(gain, low, high)
     for step in range(MAX_STEPS):
-        now = _moments(chunks, gain, problem)
+        now = _moments(chunks, gain, problem, each)
         tolerance = np.maximum(TOLERANCE * now.sd / np.sqrt(len(now.library)), molecule)
         error = problem.target - now.mean
         wrong = np.abs(error) > tolerance
@@ -191,13 +193,17 @@ def _match(chunks, gain, low, high, problem, molecule):
             gain = np.where(wrong, np.clip(gain * np.exp(np.clip(move, -1, 1)), low, high), gain)
             continue
         scale = _scale(now.library, problem)
-        gain = gain.copy()
-        for chunk in chunks:
+        close = np.maximum(tolerance / 2, 0.6 * molecule)
+
+        def bracket(chunk, scale=scale, gain=gain, pending=pending, close=close):
             here = pending[chunk.genes]
-            if here.any():
-                g = chunk.genes[here]
-                bounds = gain[g], low[g], high[g], problem.target[g], np.maximum(tolerance[g] / 2, 0.6 * molecule)
-                gain[g] = _bracketed_newton(chunk.select(here), scale, *bounds)
+            g = chunk.genes[here]
+            return g, _bracketed_newton(chunk.select(here), scale, gain[g], low[g], high[g], problem.target[g], close[g])
+
+        solved = list(each(bracket, chunks))
+        gain = gain.copy()
+        for genes, values in solved:
+            gain[genes] = values
     return gain, now, np.where(wrong, error, 0.0)
 
 
@@ -218,7 +224,7 @@ def _bracketed_newton(marked, scale, gain, low, high, target, tolerance):
     number = np.arange(len(gain))
     low, high = np.maximum(low, 1e-12), high
     low_known, high_known = np.zeros((2, len(gain)), bool)
-    for _ in range(MAX_STEPS):
+    for _ in range(MAX_STEPS if len(gain) else 0):
         mean, _, slope, _ = _gene_moments(marked, marked.counts(gain), scale)
         error = target - mean
         low, low_known = np.where(error > 0, gain, low), low_known | (error > 0)
@@ -238,16 +244,17 @@ def _bracketed_newton(marked, scale, gain, low, high, target, tolerance):
     return result
 
 
-def _moments(chunks, gain, problem):
-    counts = [chunk.counts(gain[chunk.genes]) for chunk in chunks]
-    library = problem.outside.copy()
-    for chunk, count in zip(chunks, counts, strict=True):
-        library += np.bincount(chunk.cell, count, minlength=len(library))
+def _moments(chunks, gain, problem, each):
+    counts = list(each(lambda chunk: chunk.counts(gain[chunk.genes]), chunks))
+    num_cells = len(problem.outside)
+    per_chunk = each(lambda chunk, count: np.bincount(chunk.cell, count, minlength=num_cells), chunks, counts)
+    library = sum(per_chunk, start=problem.outside)
     scale = _scale(library, problem)
     mean, sd, slope, pull, share = np.zeros((5, len(gain)))
-    for chunk, count in zip(chunks, counts, strict=True):
+    moments = each(lambda chunk, count: _gene_moments(chunk, count, scale), chunks, counts)
+    for chunk, count, values in zip(chunks, counts, moments, strict=True):
         g = chunk.genes
-        mean[g], sd[g], slope[g], pull[g] = _gene_moments(chunk, count, scale)
+        mean[g], sd[g], slope[g], pull[g] = values
         share[g] = chunk.gene_sums(count) / library.sum()
     return _Moments(counts, library, mean, sd, slope, pull, share)
 

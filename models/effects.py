@@ -94,7 +94,9 @@ class ConditionEffects(dist.Distribution):
         """Log density (..., D)."""
         flat = jnp.moveaxis(value, -1, 0).reshape(self.event_shape[0], -1)
         white = solve_triangular(self.chol, flat, lower=True).reshape(self.event_shape + value.shape[:-1])
-        log_volume = jnp.log(jnp.diagonal(self.chol)).sum() + self.event_shape[0] * (jnp.log(self.scale) + _HALF_LOG_2PI)
+        log_volume = jnp.log(jnp.diagonal(self.chol)).sum() + self.event_shape[0] * (
+            jnp.log(self.scale) + _HALF_LOG_2PI
+        )
         return -0.5 * ((white / self.scale) ** 2).sum(axis=0) - log_volume
 
 
@@ -120,4 +122,8 @@ def extend_effects(
     num_known = len(known)
     white = solve_triangular(chol[:num_known, :num_known], effect, lower=True)
     drawn = chol[num_known:, :num_known] @ white + scale * (chol[num_known:, num_known:] @ noise)
-    return jnp.zeros((num_conditions, effect.shape[1]), effect.dtype).at[order].set(jnp.concatenate([effect, drawn]))
+    return (
+        jnp.zeros((num_conditions, effect.shape[1]), effect.dtype)
+        .at[order]
+        .set(jnp.concatenate([effect, drawn]))
+    )

@@ -58,10 +58,14 @@ def hidden_factor_program(
     context_log_ratio = jnp.zeros((num_features, 2, num_contexts))
     if num_contexts > 1:
         context_sd = numpyro.sample("context_sd", dist.HalfNormal(jnp.full((blocks, 2), 0.5)).to_event(2))
-        unit = numpyro.sample("context_unit", dist.Normal(jnp.zeros((blocks, 2, num_contexts)), 1.0).to_event(3))
+        unit = numpyro.sample(
+            "context_unit", dist.Normal(jnp.zeros((blocks, 2, num_contexts)), 1.0).to_event(3)
+        )
         context_log_ratio = (context_sd[..., None] * unit)[feature_block]
     if num_levels > 1:
-        strength = numpyro.sample("strength", dist.HalfNormal(jnp.ones(num_levels)).to_event(1))[strength_level]
+        strength = numpyro.sample("strength", dist.HalfNormal(jnp.ones(num_levels)).to_event(1))[
+            strength_level
+        ]
     else:
         strength = jnp.ones(num_conditions)
 
@@ -74,7 +78,9 @@ def hidden_factor_program(
         effect = numpyro.sample("effect", ConditionEffects(scales[:, 2], chol))
         slope = numpyro.sample("slope", dist.Normal(slope_mean, slope_sd))
         if num_factors:
-            unit_loading = numpyro.sample("loading", dist.Normal(jnp.zeros((2, num_factors)), 1.0).to_event(2))
+            unit_loading = numpyro.sample(
+                "loading", dist.Normal(jnp.zeros((2, num_factors)), 1.0).to_event(2)
+            )
     context_ratio = jnp.exp(context_log_ratio)
     baseline = (scales[:, :1] * context_ratio[:, 0]).T
     response = (scales[:, 1:2] * context_ratio[:, 1]).T

@@ -26,6 +26,7 @@ from scipy import sparse
 
 MAX_FOLD = 4.0
 DENSE_BLOCK = 1 << 18  # rates of cells x genes held at once: 1 MB each in float32, near the processor
+STRIDE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,15 +157,27 @@ def _arrivals(counts, mean, shape, fresh_shape, upper, rng) -> Iterator[tuple[np
 
 
 def _clustered(rate: np.ndarray, odds: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of molecules: Poisson(rate) clusters of logarithmic size, p = odds / (1 + odds)."""
-    total = np.cumsum(rate.ravel().astype(np.float64))
+    """Rows and columns of molecules: Poisson(rate) clusters of logarithmic size, p = odds / (1 + odds).
+
+    A cluster falls into a stride of cells first, then into a cell of it: partial sums of all rates would cost more
+    than all the rest.
+    """
+    rows, columns = rate.shape
+    strides = np.zeros((rows, -(-columns // STRIDE), STRIDE), dtype=np.float32)
+    strides.reshape(rows, -1)[:, :columns] = rate
+    strides = strides.reshape(-1, STRIDE)
+    total = np.cumsum(strides @ np.ones(STRIDE, dtype=np.float32), dtype=np.float64)
     # ordered uniforms without sorting: normalised partial sums of exponentials
     gaps = np.cumsum(rng.standard_exponential(rng.poisson(total[-1]) + 1))
-    where = np.searchsorted(total, gaps[:-1] * (total[-1] / gaps[-1]), side="right")
-    chance = odds.ravel()[where].astype(np.float64)
-    where = np.repeat(where, rng.logseries(chance / (1 + chance)))
-    row = where // rate.shape[1]
-    return row, where - row * rate.shape[1]
+    stride = np.searchsorted(total, gaps[:-1] * (total[-1] / gaps[-1]), side="right")
+    within = strides[stride] @ np.triu(np.ones((STRIDE, STRIDE), dtype=np.float32))
+    # a little below 1, so that rounding never reaches the end of a stride
+    level = rng.random((len(stride), 1), dtype=np.float32) * np.float32(1 - 1e-6) * within[:, -1:]
+    where = stride * STRIDE + (within <= level).sum(1)
+    row, column = np.divmod(where, strides.size // rows)
+    chance = odds[row, column].astype(np.float64)
+    size = rng.logseries(chance / (1 + chance))
+    return np.repeat(row, size), np.repeat(column, size)
 
 
 def _delimit(sizes: np.ndarray) -> np.ndarray:

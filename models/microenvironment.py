@@ -93,7 +93,9 @@ def _eliminate(globals_: Globals, batch: Observations) -> _Form:
     precision = prior + control_weight + per_context(weight * own**2)
     b_one = control_weight * deviation + per_context(weight * own * residual)
     b_rho = -per_context(weight * own * strength)
-    n_one = (control_weight * deviation**2).sum(0) + (weight * residual**2).sum(0) - (b_one**2 / precision).sum(0)
+    n_one = (
+        (control_weight * deviation**2).sum(0) + (weight * residual**2).sum(0) - (b_one**2 / precision).sum(0)
+    )
     n_one_rho = -(weight * residual * strength).sum(0) - (b_one * b_rho / precision).sum(0)
     n_rho_rho = (weight * strength**2).sum(0) - (b_rho**2 / precision).sum(0)
     n_one_kappa = -(b_one * prior / precision).sum(0)
@@ -111,7 +113,8 @@ def _eliminate(globals_: Globals, batch: Observations) -> _Form:
     cross = jnp.einsum("d,dk,dl->kl", n_rho_kappa - gain * n_rho_rho * n_rho_kappa, lam, gamma)
     u_chol = jnp.linalg.cholesky(u_precision + cross + cross.T)
     linear = -(
-        (n_one_rho - gain * n_one_rho * n_rho_rho) @ lam + (n_one_kappa - gain * n_one_rho * n_rho_kappa) @ gamma
+        (n_one_rho - gain * n_one_rho * n_rho_rho) @ lam
+        + (n_one_kappa - gain * n_one_rho * n_rho_kappa) @ gamma
     )
     u_mean = cho_solve((u_chol, True), linear)
     log_determinant = (
@@ -158,7 +161,12 @@ def draw_latents(key: Array, globals_: Globals, batch: Observations) -> Latents:
 
 
 def draw_response(
-    key: Array, globals_: Globals, latents: Latents, condition: Array, context: Array, seen: Observations | None
+    key: Array,
+    globals_: Globals,
+    latents: Latents,
+    condition: Array,
+    context: Array,
+    seen: Observations | None,
 ) -> Array:
     """Draw latent perturbed means (T, D) of target conditions given the latents of their batch.
 
@@ -174,7 +182,9 @@ def draw_response(
     strength = globals_.strength[condition][:, None]
     x = latents.control_mean[context] - globals_.alpha[context]
     common = latents.batch_effect + globals_.response_loading @ latents.microenvironment
-    mean = latents.control_mean[context] + globals_.effect[condition] + strength * (globals_.slope * x + common)
+    mean = (
+        latents.control_mean[context] + globals_.effect[condition] + strength * (globals_.slope * x + common)
+    )
     variance = (strength * globals_.response_scale[context]) ** 2
     if seen is not None:
         gain = seen.observed[:, None] * variance / (variance + seen.noise)
@@ -201,7 +211,9 @@ class PopulationMeans(dist.Distribution):
         def one(key: Array, batch: Observations) -> Array:
             key_latent, key_response, key_noise = jax.random.split(key, 3)
             latents = draw_latents(key_latent, self.globals_, batch)
-            response = draw_response(key_response, self.globals_, latents, batch.condition, batch.context, None)
+            response = draw_response(
+                key_response, self.globals_, latents, batch.condition, batch.context, None
+            )
             means = jnp.concatenate([latents.control_mean, response])
             return means + jnp.sqrt(batch.noise) * jax.random.normal(key_noise, means.shape, means.dtype)
 

@@ -26,7 +26,9 @@ def make_screen(seed: int = 0, num_batches: int = 6) -> anndata.AnnData:
                 response = shift - 0.4 * own * (drug != "DMSO") + 0.1 * rng.standard_normal(5)
                 cells.append(level + own + response + rng.standard_normal((25, 5)))
                 rows += [(drug, tissue, f"d{b}")] * 25
-    obs = pd.DataFrame(rows, columns=["drug", "tissue", "donor"], index=[f"cell{i}" for i in range(len(rows))])
+    obs = pd.DataFrame(
+        rows, columns=["drug", "tissue", "donor"], index=[f"cell{i}" for i in range(len(rows))]
+    )
     var = pd.DataFrame(index=[f"gene{i}" for i in range(5)])
     return anndata.AnnData(X=np.concatenate(cells), obs=obs, var=var)
 

@@ -68,7 +68,10 @@ def test_observed_cells_move_the_prediction_of_the_other_conditions(without_d5, 
     flags = seen["constant_data"]["target_observed"]
     assert flags.values.tolist() == [p == "A" for p in flags["perturbation"].values]
     assert not blind["constant_data"]["target_observed"].any()
-    sd = {name: tree["predictions"]["mean"].isel(chain=0).std("draw") for name, tree in (("b", blind), ("s", seen))}
+    sd = {
+        name: tree["predictions"]["mean"].isel(chain=0).std("draw")
+        for name, tree in (("b", blind), ("s", seen))
+    }
     on_a = sd["b"]["perturbation"].values == "A"
     assert (sd["s"].values[on_a] < sd["b"].values[on_a]).all()
     assert sd["s"].values[~on_a].mean() < sd["b"].values[~on_a].mean()

@@ -80,7 +80,9 @@ def test_coordinates_fitted_with_the_hidden_batch_are_caught(screen, without_d5)
     split = next(split for split in leave_one_batch_out(screen.labels) if "d5" in split.held_out[0])
     leaked = without_d5.summarise(screen)
     coordinates = embed(leaked, without_d5.prior, without_d5.names, 64)
-    assert not np.allclose(coordinates.mean, without_d5.coordinates.mean)  # the leak would have changed the fit
+    assert not np.allclose(
+        coordinates.mean, without_d5.coordinates.mean
+    )  # the leak would have changed the fit
     with pytest.raises(LeakError, match="d5"):
         check_no_leak(split, leaked.labels.index)
     check_no_leak(split, without_d5.moments.labels.index)

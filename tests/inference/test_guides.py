@@ -6,11 +6,12 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from hilbertcell.inference.guides import BlockGuide
-from hilbertcell.inference.svi import fit_svi
 from numpyro import handlers
 from numpyro.infer.util import log_density
 from scipy.stats import multivariate_normal, norm
+
+from hilbertcell.inference.guides import BlockGuide
+from hilbertcell.inference.svi import fit_svi
 
 D, N = 3, 8
 
@@ -35,7 +36,9 @@ def problem():
 
 def make_guide(problem):
     spread = {"weights": np.full((D, 2), 0.3)}
-    return BlockGuide(regression, *problem, initial={"weights": np.zeros((D, 2)), "scale": 1.0}, initial_sd=spread)
+    return BlockGuide(
+        regression, *problem, initial={"weights": np.zeros((D, 2)), "scale": 1.0}, initial_sd=spread
+    )
 
 
 def test_density_of_the_guide_is_that_of_its_gaussian(problem):
@@ -66,7 +69,9 @@ def test_svi_finds_the_conjugate_posterior_with_its_correlations(problem):
     result = fit_svi(
         jax.random.key(0), regression, guide, problem, num_steps=2_000, learning_rate=0.05, num_particles=4
     )
-    draws = jax.vmap(lambda key: guide.sample(key, result.params))(jax.random.split(jax.random.key(1), 20_000))
+    draws = jax.vmap(lambda key: guide.sample(key, result.params))(
+        jax.random.split(jax.random.key(1), 20_000)
+    )
     precision = np.eye(2) + design.T @ design / 0.25
     covariance = np.linalg.inv(precision)
     mean = np.asarray(outcome @ design / 0.25 @ covariance)
@@ -75,7 +80,9 @@ def test_svi_finds_the_conjugate_posterior_with_its_correlations(problem):
     # The optimum is exact; what is left is the noise of the last gradients, a few percent of a posterior sd.
     assert np.abs((weights.mean(0) - mean) / sd).max() < 0.1
     for g in range(D):
-        np.testing.assert_allclose(np.cov(weights[:, g].T) / np.outer(sd, sd), covariance / np.outer(sd, sd), atol=0.15)
+        np.testing.assert_allclose(
+            np.cov(weights[:, g].T) / np.outer(sd, sd), covariance / np.outer(sd, sd), atol=0.15
+        )
     assert result.losses[-200:].mean() < result.losses[:20].mean()
 
 

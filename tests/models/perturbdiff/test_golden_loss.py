@@ -1,5 +1,6 @@
 """Parity of the loss, its terms and its gradients."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,11 +46,16 @@ def test_energy_in_float64(golden):
         golden.check("out/energy/value_f64", perturbdiff.energy_loss(x, y), 1e-12)
 
 
+@pytest.fixture(scope="module")
+def evaluate(golden, networks, batch):
+    """Total, terms and gradients of a case; drops are data, so that all cases compile once."""
+    compiled = eqx.filter_jit(training.loss_and_gradients)
+    return lambda case: compiled(networks, batch, draws(golden, case), training.Recipe())
+
+
 @pytest.mark.parametrize("case", ["cond_sc0", "cond_sc1", "null_sc0", "null_sc1"])
-def test_loss_terms(golden, networks, batch, case):
-    total, terms = perturbdiff.denoising_loss(
-        *networks, batch, draws(golden, case), perturbdiff.linear_schedule()
-    )
+def test_loss_terms(golden, evaluate, case):
+    (total, terms), _ = evaluate(case)
     golden.check(f"out/loss/{case}/mse_per_set", terms.squared_error, SQUARED_ERROR)
     golden.check(f"out/loss/{case}/energy_per_set", terms.energy, ENERGY)
     golden.check(f"out/loss/{case}/energy_mean", terms.energy.mean(), ENERGY)
@@ -61,8 +67,8 @@ def test_loss_terms(golden, networks, batch, case):
 
 
 @pytest.mark.parametrize("case", ["cond_sc1", "null_sc0"])
-def test_gradients(golden, networks, batch, case):
-    _, gradients = training.loss_and_gradients(networks, batch, draws(golden, case), training.Recipe())
+def test_gradients(golden, evaluate, case):
+    _, gradients = evaluate(case)
     names = [str(name) for name in golden["out/grad/param_names"]]
     assert set(names) == set(gradients)
     norms = np.array([np.linalg.norm(gradients[name]) for name in names])
