@@ -214,8 +214,8 @@ def evaluate(
 ) -> None:
     """Score draws, and cells, against the populations that were measured after all."""
     check_output(out, force, draws, truth)
-    from hilbertcell.analyses.benchmark import results_tables
     from hilbertcell.analyses.evaluate import evaluate as score
+    from hilbertcell.analyses.scores_table import print_scores
     from hilbertcell.data.draws_io import read_draws
     from hilbertcell.data.populations import Keys
 
@@ -224,7 +224,7 @@ def evaluate(
     sampled = None if cells is None else _read_cells(existing(cells))
     scores = score(drawn, read_file(truth, **vars(keys), require=("perturbed",)), sampled)
     _write_json(scores, out)
-    results.print(*results_tables(scores | {"split": "of the draws"}))
+    print_scores(scores, results)
 
 
 @command(app)
@@ -239,11 +239,11 @@ def benchmark(
     """Hide, fit, predict and score, beside the baselines that any model must beat."""
     check_output(out, force, file)
     from hilbertcell.analyses.benchmark import benchmark as run_benchmark
-    from hilbertcell.analyses.benchmark import results_tables
+    from hilbertcell.analyses.scores_table import print_scores
 
     scores = run_benchmark(keys.read(file), split.value, seed=seed, progress=True)
     _write_json(scores, out)
-    results.print(*results_tables(scores))
+    print_scores(scores, results)
 
 
 @command(app)
@@ -314,14 +314,14 @@ def _read_targets(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        table = pd.read_csv(
-            path, dtype={"context": str, "perturbation": str, "batch": str}, keep_default_na=False
-        )
-        return table.astype({"dose": float}) if "dose" in table else table
-    except (UnicodeDecodeError, ValueError) as error:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a perturbation may be called NA
+        if "dose" in table:
+            table["dose"] = pd.to_numeric(table["dose"].where(table["dose"] != ""))
+    except ValueError as error:
         raise UsageProblem(
-            f"{path}: cannot be read as a table of targets ({error}); write it as CSV with a header"
+            f"{path}: is not a table of targets ({error}); write CSV, doses as numbers or empty"
         ) from None
+    return table
 
 
 def _read_cells(path: Path) -> "anndata.AnnData":

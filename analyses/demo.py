@@ -6,11 +6,11 @@ Whole batches are hidden, predicted from their controls alone, and compared with
 import json
 from pathlib import Path
 
-from hilbertcell.analyses.benchmark import results_tables
 from hilbertcell.analyses.cli_support import KeyOptions, notices, results, whole_output
 from hilbertcell.analyses.evaluate import evaluate
 from hilbertcell.analyses.inspection import print_summary
 from hilbertcell.analyses.report import report
+from hilbertcell.analyses.scores_table import print_scores
 from hilbertcell.analyses.simulated import simulate
 from hilbertcell.data.draws_io import write_draws
 from hilbertcell.data.splits import make_split
@@ -71,11 +71,7 @@ def run_demo(file: Path | None, keys: KeyOptions | None, out: Path) -> None:
         )
         scores = evaluate(draws, populations, cells)
         (folder / "scores.json").write_text(json.dumps(scores, indent=1))
-        results.print(*results_tables(scores | {"split": split.name}))
-        notices.print(
-            "The null adds the mean shift of the training batches to the new controls; below 1 x null is better.",
-            style="dim",
-        )
+        print_scores(scores, results)
 
         _say("write the report", f"report {out}/draws.nc --out {out}/report.html")
         report(draws, folder / "report.html")

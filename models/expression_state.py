@@ -50,14 +50,14 @@ class ExpressionState:
         return rng.gamma(self.weight_shape) / self.weight_rate
 
 
-def fit_expression_state(counts: sparse.csr_matrix, library_size: np.ndarray) -> ExpressionState:
+def fit_expression_state(counts: sparse.csr_array, library_size: np.ndarray) -> ExpressionState:
     """Fit the programs, the cells' weights and the gamma shapes to counts (n, G) with library sizes (n,).
 
     One program for each 100 cells, five at most; the fit is deterministic and equivariant to the order of the cells as long as they are
     at most 2,000 (beyond, the programs are fitted on evenly spaced ones). Genes without counts get the rate of
     half a molecule in the whole sample.
     """
-    y = sparse.csr_matrix(counts, dtype=np.float64)
+    y = sparse.csr_array(counts, dtype=np.float64)
     library = np.maximum(np.asarray(library_size, dtype=np.float64), 1e-12)
     profile = (np.asarray(y.sum(0)).ravel() + 0.5) / library.sum()
     fitted = np.unique(np.linspace(0, len(library) - 1, min(NUM_CELLS, len(library))).astype(np.int64))
@@ -73,7 +73,7 @@ def fit_expression_state(counts: sparse.csr_matrix, library_size: np.ndarray) ->
 
 
 def _fit_programs(
-    y: sparse.csr_matrix, library: np.ndarray, profile: np.ndarray, num_programs: int
+    y: sparse.csr_array, library: np.ndarray, profile: np.ndarray, num_programs: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Programs (K, G) and their shares (K,), by expectation-maximisation from principal components."""
     root = y.copy()
@@ -98,7 +98,7 @@ def _fit_programs(
 
 
 def _weights(
-    y: sparse.csr_matrix, library: np.ndarray, programs: np.ndarray, share: np.ndarray
+    y: sparse.csr_array, library: np.ndarray, programs: np.ndarray, share: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Posterior gamma shape and rate (n, K) of all cells' weights with the programs fixed."""
     if len(programs) == 1:  # the size factor alone; nothing is uncertain about it
@@ -110,13 +110,13 @@ def _weights(
     return shape, rate
 
 
-def _over_mean(y: sparse.csr_matrix, weight: np.ndarray, programs: np.ndarray) -> sparse.csr_matrix:
+def _over_mean(y: sparse.csr_array, weight: np.ndarray, programs: np.ndarray) -> sparse.csr_array:
     """y / mu at the non-zero counts."""
     cell = np.repeat(np.arange(y.shape[0]), np.diff(y.indptr))
     mean = np.zeros(y.nnz)
     for k in range(len(programs)):
         mean += weight[cell, k] * programs[k, y.indices]
-    return sparse.csr_matrix((y.data / mean, y.indices, y.indptr), shape=y.shape)
+    return sparse.csr_array((y.data / mean, y.indices, y.indptr), shape=y.shape)
 
 
 def _update(ratio, library, weight, programs, share):

@@ -89,7 +89,7 @@ def test_one_run_through_all_commands(fitted, call):
     held_out = json.loads(Path("split.json").read_text())["held_out"]
     donor = held_out[0].split(" | ")[2]
     rows = [name.split(" | ") for name in held_out]
-    table = ["context,perturbation,batch", *(",".join(row) for row in rows)]
+    table = ["context,perturbation,dose,batch", *(f"{row[0]},{row[1]},,{row[2]}" for row in rows)]
     Path("targets.csv").write_text("\n".join(table))
 
     options = (
@@ -185,7 +185,18 @@ BAD_PREDICTIONS = {
         "'DMSO' is the control label",
         "ask for perturbed ones",
     ),
-    "target_columns": (lambda screen: screen, "header", "columns 'perturbation'", "add them"),
+    "dose": (
+        lambda screen: screen,
+        "context,perturbation,dose,batch\nB,A,high,d1",
+        "targets.csv",
+        "doses as numbers",
+    ),
+    "target_columns": (
+        lambda screen: screen,
+        "context,drug,batch\nB,A,d1",
+        "columns 'perturbation'",
+        "add them",
+    ),
     "too_few": (lambda screen: screen, "", "num_samples = 1", "500"),
 }
 
@@ -197,8 +208,8 @@ def test_bad_prediction(name, fitted, screen, call, tmp_path):
     words = ["predict", "fit", tmp_path / "given.h5ad", "--out", tmp_path / "draws.nc"]
     words += ["--num-samples", "1" if name == "too_few" else "5"]
     if row:
-        head = "context,drug,batch" if row == "header" else "context,perturbation,batch"
-        (tmp_path / "targets.csv").write_text(f"{head}\n{row if row != 'header' else 'B,A,d1'}\n")
+        table = row if row.startswith("context") else f"context,perturbation,batch\n{row}"
+        (tmp_path / "targets.csv").write_text(f"{table}\n")
         words += ["--targets", tmp_path / "targets.csv"]
     before = sorted(tmp_path.iterdir())
     code, text = call(*words)

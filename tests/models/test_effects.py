@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
+
 from hilbertcell.models.effects import (
     ConditionEffects,
     Conditions,
@@ -11,7 +13,6 @@ from hilbertcell.models.effects import (
     kernel_cholesky,
     similarity_kernels,
 )
-from scipy.stats import multivariate_normal
 
 NAN = np.nan
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
+
 from hilbertcell.models.microenvironment import (
     Globals,
     Observations,
@@ -12,7 +14,6 @@ from hilbertcell.models.microenvironment import (
     draw_response,
     log_density,
 )
-from scipy.stats import multivariate_normal
 
 C, J, D, K, E = 3, 5, 4, 2, 6
 
@@ -26,7 +27,7 @@ def _float64():
 def make(seed: int = 0, hidden: tuple[int, ...] = (), num_factors: int = K) -> tuple[Globals, Observations]:
     """Globals and one batch; slots in `hidden` are not observed."""
     rng = np.random.default_rng(seed)
-    positive = lambda *shape: np.exp(0.4 * rng.standard_normal(shape))  # noqa: E731
+    positive = lambda *shape: np.exp(0.4 * rng.standard_normal(shape))
     strength = positive(E)
     strength[2] = 0.0  # a null perturbation
     globals_ = Globals(
