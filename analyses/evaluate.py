@@ -17,7 +17,6 @@ from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.populations import Keys, Populations
 from hilbertcell.data.splits import LeakError
 from hilbertcell.data.validation import DataError, listing
-from hilbertcell.inference.gene_draws import gene_draws
 from hilbertcell.models.baselines import shift_law
 
 MODEL = "prediction"
@@ -64,7 +63,7 @@ def evaluate(
     table = gene_table(truth)
     target = table.rows(wanted)
     unit = table.total_sd() if keys.scale == "other" else np.ones(len(truth.genes))
-    mean = np.stack([gene_draws(draws, name)[0] for name in wanted], axis=1)
+    mean = predictions["mean"].sel(population=wanted).values.reshape(-1, len(wanted), len(truth.genes))
     null = _null_draws(draws, wanted, len(mean), seed)
     scores = {MODEL: score_targets(np.asarray(mean, dtype=np.float64), target, unit, seed)}
     if np.isfinite(null).all((0, 2)).any():  # else no target's pair was seen in training: there is no null

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # Draws of the globals behind the variance decomposition: shares are means over hundreds of (population, gene).
 _SHARE_DRAWS = 20
-# Above this many bytes of gene draws coordinates are stored instead; a laptop holds 2 GB beside the data.
-MAX_GENE_BYTES = 2_000_000_000
+# Draws of genes are held in memory and in one file: what a laptop has room for beside the data.
+MAX_BYTES = 2_000_000_000
 
 
 def predict(
@@ -89,17 +89,15 @@ def predict(
     asked = {batch: batch_targets(fit, names, wanted, batch, tables[batch]) for batch in tables}
 
     num_targets, num_genes = len(wanted), len(fit.genes)
-    shape, num_coordinates = (num_samples, num_targets), fit.coordinates.A.shape[1]
-    by_gene = 2 * 4 * num_samples * num_targets * num_genes <= MAX_GENE_BYTES
-    stored = ("mean", "shift") if by_gene else ("control_embedding",)
-    width = num_genes if by_gene else num_coordinates
-    out = {name: np.empty((*shape, width), np.float32) for name in stored}
-    out["embedding"] = np.empty((*shape, num_coordinates), np.float32)
-    rest = _Residual((num_targets, num_genes))
-    if not by_gene:
-        given.notices.append(
-            "the draws are large: coordinates are stored, genes are made from them on demand"
+    needed = 2 * 4 * num_samples * num_targets * num_genes
+    if needed > MAX_BYTES:
+        raise DataError(
+            f"num_samples x targets x genes = {num_samples} x {num_targets} x {num_genes}: the draws would take "
+            f"{needed / 1e9:.1f} GB of at most {MAX_BYTES / 1e9:.0f}; ask for fewer draws or name fewer targets"
         )
+    shape = (num_samples, num_targets)
+    mean, shift = np.empty((*shape, num_genes), np.float32), np.empty((*shape, num_genes), np.float32)
+    embedding = np.empty((*shape, fit.coordinates.A.shape[1]), np.float32)
     u_new = {batch: [] for batch in tables if batch in given.new}
     u_train, loglik, scalars, checks, shares = [], [], [], [], np.zeros(0)
     check = TrainingChecks(fit, seed)
@@ -112,15 +110,9 @@ def predict(
             for i, batch in enumerate(tables):
                 drawn = draw_batch(jax.random.fold_in(key, i), globals_, asked[batch])
                 response, control = fit.unit.undo(drawn.response), fit.unit.undo(drawn.control)
-                if by_gene:
-                    out["mean"][block, rows[batch]] = response[..., :num_genes]
-                    out["shift"][block, rows[batch]] = (response - control)[..., :num_genes]
-                else:
-                    out["control_embedding"][block, rows[batch]] = fit.coordinates.project(control)
-                    rest.add(
-                        rows[batch], fit.coordinates.residual(response), fit.coordinates.residual(control)
-                    )
-                out["embedding"][block, rows[batch]] = fit.coordinates.project(response)
+                mean[block, rows[batch]] = response[..., :num_genes]
+                shift[block, rows[batch]] = (response - control)[..., :num_genes]
+                embedding[block, rows[batch]] = fit.coordinates.project(response)
                 if batch in given.new:
                     u_new[batch].append(drawn.microenvironment)
             keys = jax.random.split(jax.random.fold_in(key, len(tables)), block.stop - block.start)
@@ -138,42 +130,12 @@ def predict(
         [np.concatenate(u_train), *(np.concatenate(u)[:, None] for u in u_new.values())], axis=1
     )
     tree = _assemble(
-        fit, given, wanted, out, batches, align(factors)[0], np.concatenate(loglik),
+        fit, given, wanted, mean, shift, embedding, batches, align(factors)[0], np.concatenate(loglik),
         {name: np.concatenate([s[name] for s in scalars]) for name in scalars[0]},
         shares, check, np.concatenate(checks),
     )  # fmt: skip
-    if not by_gene:
-        tree["predictions"] = xr.DataTree(rest.describe(tree["predictions"].to_dataset(), fit))
     tree.attrs["seed"], tree.attrs["observe"] = seed, int(observe)
     return tree
-
-
-class _Residual:
-    """Running mean and sd over draws of what the coordinates leave out of genes: of the mean and of the shift."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.sums, self.squares, self.count = np.zeros((2, *shape)), np.zeros((2, *shape)), np.zeros(shape[0])
-
-    def add(self, rows: np.ndarray, response: np.ndarray, control: np.ndarray) -> None:
-        num_genes = self.sums.shape[2]
-        for k, values in enumerate((response, response - control)):
-            self.sums[k, rows] += values[..., :num_genes].sum(axis=0)
-            self.squares[k, rows] += (values[..., :num_genes] ** 2).sum(axis=0)
-        self.count[rows] += len(response)
-
-    def describe(self, predictions: xr.Dataset, fit: "Fit") -> xr.Dataset:
-        """`predictions` with all that `gene_draws` needs."""
-        mean = self.sums / self.count[:, None]
-        sd = np.sqrt(np.maximum(self.squares / self.count[:, None] - mean**2, 0.0))
-        back, origin = fit.coordinates.back_map[: len(fit.genes)], fit.coordinates.mean[: len(fit.genes)]
-        values = {
-            "mean_offset": origin + mean[0],
-            "shift_offset": mean[1],
-            "mean_rest": sd[0],
-            "shift_rest": sd[1],
-        }
-        named = {name: (("population", "gene"), array.astype(np.float32)) for name, array in values.items()}
-        return predictions.assign(back_map=(("gene", "coordinate"), back.astype(np.float32)), **named)
 
 
 def _scalars(fit: "Fit", globals_: Globals) -> dict[str, np.ndarray]:
@@ -193,7 +155,7 @@ def _scalars(fit: "Fit", globals_: Globals) -> dict[str, np.ndarray]:
 
 
 def _assemble(
-    fit: "Fit", given: Given, wanted: pd.DataFrame, out: dict[str, np.ndarray],
+    fit: "Fit", given: Given, wanted: pd.DataFrame, mean: np.ndarray, shift: np.ndarray, embedding: np.ndarray,
     batches: Sequence[str], factors: np.ndarray, loglik: np.ndarray, scalars: dict[str, np.ndarray],
     shares: np.ndarray, check: TrainingChecks, checks: np.ndarray,
 ) -> xr.DataTree:  # fmt: skip
@@ -218,10 +180,11 @@ def _assemble(
 
     predictions = xr.Dataset(
         {
-            name: stacked(values, "population", "gene" if name in ("mean", "shift") else "coordinate")
-            for name, values in out.items()
+            "mean": stacked(mean, "population", "gene"),
+            "shift": stacked(shift, "population", "gene"),
+            "embedding": stacked(embedding, "population", "coordinate"),
         },
-        coords={**population, **genes, "coordinate": np.arange(out["embedding"].shape[-1])},
+        coords={**population, **genes, "coordinate": np.arange(embedding.shape[-1])},
         attrs={"scale": scale, "units": units},
     )
     levels = [f"{p}" if d < 0 else f"{p} @ {d:g}" for _, p, d in fit.names.conditions]
@@ -291,6 +254,6 @@ def _assemble(
     }  # fmt: skip
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = {"hilbertcell_version": __version__, "keys": json.dumps(fit.keys.to_dict())}
-    if not all(np.isfinite(values).all() for values in out.values()):
+    if any(not np.isfinite(v).all() for v in (mean, shift)):
         warnings.warn("some draws are not finite; the fit cannot be trusted", RuntimeWarning, stacklevel=3)
     return tree

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from hilbertcell.data.validation import DataError
-from hilbertcell.inference.gene_draws import gene_draws
 
 from .conftest import make_screen, populations_of
 
@@ -130,6 +129,8 @@ def test_other_genes_scale_or_context_are_refused(without_d5, d5):
         without_d5.predict(populations_of(kidney), new_batch=True)
     with pytest.raises(DataError, match="log1p"):
         without_d5.predict(populations_of(_positive(), scale="log1p"))
+    with pytest.raises(DataError, match=r"100000000 x 4 x 5.*fewer draws"):
+        without_d5.predict(d5, num_samples=100_000_000)
     with pytest.raises(DataError, match="num_samples = 1"):
         without_d5.predict(d5, num_samples=1)
 
@@ -138,20 +139,3 @@ def _positive():
     screen = make_screen()
     screen.X = np.abs(screen.X)
     return screen
-
-
-def test_large_predictions_store_coordinates_and_make_genes_on_demand(without_d5, d5, draws, monkeypatch):
-    monkeypatch.setattr("hilbertcell.inference.draws.MAX_GENE_BYTES", 0)
-    large = without_d5.predict(d5, num_samples=60, seed=2)
-    assert "mean" not in large["predictions"]
-    np.testing.assert_array_equal(large["predictions"]["embedding"], draws["predictions"]["embedding"])
-    name = draws["predictions"]["population"].values[0]
-    mean, shift = gene_draws(large, name)
-    exact_mean, exact_shift = gene_draws(draws, name)
-    assert mean.shape == exact_mean.shape == (60, 5)
-    for made, exact in ((mean, exact_mean), (shift, exact_shift)):
-        sd = exact.std(axis=0)
-        # Means differ by the noise of 60 draws alone, spreads by the relative error of an sd from 60 draws.
-        assert (np.abs(made.mean(0) - exact.mean(0)) < 4 * sd / np.sqrt(60)).all()
-        assert (np.abs(made.std(0) / sd - 1) < 4 / np.sqrt(2 * 60)).all()
-    np.testing.assert_array_equal(gene_draws(large, name)[0], mean)
