@@ -32,6 +32,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+FIT_FILES = frozenset({"manifest.json", "arrays.safetensors", "inference.nc"})
+DEMO_FILES = frozenset(
+    {
+        "cells.h5ad",
+        "split.json",
+        "fit",
+        "targets.csv",
+        "draws.nc",
+        "predicted.h5ad",
+        "scores.json",
+        "report.html",
+    }
+)
+
 
 def _out(metavar: str, text: str) -> object:
     return typer.Option("--out", metavar=metavar, help=text, show_default=False)
@@ -113,7 +127,7 @@ def fit(
     force: Force = False,
 ) -> None:
     """Fit the hidden-factor program to the populations of a file."""
-    check_output(out, force, file, folder_with="manifest.json")
+    check_output(out, force, file, contents=FIT_FILES)
     from hilbertcell.data.splits import Split
     from hilbertcell.inference.fit import fit as fit_program
     from hilbertcell.inference.settings import Settings
@@ -294,7 +308,7 @@ def demo(
         raise UsageProblem(
             "a FILE needs --perturbation, --control, --context and --batch, and they need a FILE"
         )
-    check_output(out, force, folder_with="report.html")
+    check_output(out, force, contents=DEMO_FILES)
     from hilbertcell.analyses.demo import run_demo
 
     run_demo(file, keys, out)

@@ -198,24 +198,28 @@ def existing(path: Path) -> Path:
     return path
 
 
-def check_output(path: Path, force: bool, *inputs: Path, folder_with: str | None = None) -> None:
+def check_output(path: Path, force: bool, *inputs: Path, contents: frozenset[str] | None = None) -> None:
     """Refuse, before any work is done, an output that could not be written or would replace what it should not.
 
     Args:
-        path: the output, a file unless `folder_with` is given.
+        path: the output, a file unless `contents` is given.
         force: whether it may replace what is there.
         inputs: what the command reads or also writes.
-        folder_with: the file that every folder of this kind holds; a folder without it is never replaced.
+        contents: the names in a folder of this kind; a folder that holds anything else is never replaced.
 
     """
     if any(path.resolve() == given.resolve() for given in inputs):
         raise UsageProblem(f"{path}: is another file of this command; name another output")
     if path.exists() and not force:
         raise UsageProblem(f"{path}: exists already; name another output, or give --force to replace it")
-    if path.is_dir() and folder_with is None:
+    if path.is_dir() and contents is None:
         raise UsageProblem(f"{path}: is a folder and the output is a file; name another output")
-    if path.exists() and folder_with is not None and not (path / folder_with).is_file():
-        raise UsageProblem(f"{path}: holds no {folder_with}, so it is not replaced; name another output")
+    if path.exists() and contents is not None:
+        strangers = (
+            sorted({found.name for found in path.iterdir()} - contents) if path.is_dir() else [path.name]
+        )
+        if strangers:
+            raise UsageProblem(f"{path}: holds {strangers[0]}, so it is not replaced; name another output")
     if not path.resolve().parent.is_dir():
         raise UsageProblem(f"{path}: the folder {path.resolve().parent} does not exist; make it first")
 

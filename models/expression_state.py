@@ -68,20 +68,15 @@ def fit_expression_state(counts: sparse.csr_array, library_size: np.ndarray) -> 
     else:
         programs, share = _fit_programs(y[fitted], library[fitted], profile, num_programs)
     shape, rate = _weights(y, library, programs, share)
-    mean = shape[fitted] / rate[fitted] @ programs
-    return ExpressionState(shape, rate, programs, _gamma_shape(y[fitted].toarray(), mean))
+    return ExpressionState(shape, rate, programs, _gamma_shape(y[fitted], shape[fitted] / rate[fitted], programs))
 
 
 def _fit_programs(
     y: sparse.csr_array, library: np.ndarray, profile: np.ndarray, num_programs: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Programs (K, G) and their shares (K,), by expectation-maximisation from principal components."""
-    root = y.copy()
-    root.data = np.sqrt(root.data)
-    root = (root / np.sqrt(library)[:, None]).toarray()
-    scores, _, axes = np.linalg.svd(root - root.mean(0), full_matrices=False)
-    scores = scores[:, : num_programs - 1] * np.sign(axes[: num_programs - 1].sum(1))
-    start = np.exp(np.column_stack([np.zeros(len(library)), scores / scores.std(0)]))
+    scores = _principal_scores(y, library, num_programs - 1)
+    start = np.exp(np.column_stack([np.zeros(len(library)), scores]))
     weight = library[:, None] * start / start.sum(1, keepdims=True)
     prior = PROFILE_PRIOR * profile / profile.sum()
     programs = (y.T @ (weight / library[:, None])).T + prior
@@ -95,6 +90,23 @@ def _fit_programs(
     # what the priors pull away from the margins is given back: the programs keep each gene's mean
     mean = weight.sum(0) @ programs
     return programs * (profile * library.sum() / mean), weight.sum(0) / weight.sum()
+
+
+def _principal_scores(y: sparse.csr_array, library: np.ndarray, number: int) -> np.ndarray:
+    """Standardised scores (n, number) of the leading principal components of sqrt(y / L), by orthogonal iteration.
+
+    A start for the programs needs directions, not converged eigenvectors. The first guess is a fixed one, so that
+    the result is a function of the cells, whatever their order.
+    """
+    root = sparse.csr_array((np.sqrt(y.data / np.repeat(library, np.diff(y.indptr))), y.indices, y.indptr), y.shape)
+    mean = np.asarray(root.mean(0))
+    axes = np.random.default_rng(0).standard_normal((y.shape[1], number))
+    for _ in range(10):
+        axes = np.linalg.qr(axes)[0]
+        scores = root @ axes - mean @ axes
+        axes = root.T @ scores - mean[:, None] * scores.sum(0)
+    scores = scores * np.where(axes.sum(0) < 0, -1, 1)
+    return scores / np.maximum(scores.std(0), 1e-12)
 
 
 def _weights(
@@ -119,21 +131,26 @@ def _over_mean(y: sparse.csr_array, weight: np.ndarray, programs: np.ndarray) ->
     return sparse.csr_array((y.data / mean, y.indices, y.indptr), shape=y.shape)
 
 
-def _update(ratio, library, weight, programs, share):
+def _update(
+    ratio: sparse.csr_array, library: np.ndarray, weight: np.ndarray, programs: np.ndarray, share: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Posterior shape and rate (n, K) of the weights given the molecules' current attribution to programs."""
     shape = WEIGHT_PRIOR + weight * (ratio @ programs.T)
     rate = WEIGHT_PRIOR / (library[:, None] * share) + programs.sum(1)
     return shape, rate
 
 
-def _gamma_shape(y: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Gamma shape per gene by moments, Var y = mu + mu^2 / r, shrunk to the prior as far as counts are few.
+def _gamma_shape(y: sparse.csr_array, weight: np.ndarray, programs: np.ndarray) -> np.ndarray:
+    """Gamma shapes (G,) by moments, Var y = mu + mu^2 / r, with mu = weight @ programs.
 
-    1/r is averaged with its prior by precision; the sampling variance is that of Poisson counts.
+    1/r is averaged with its prior, each by its precision; the sampling variance is that of Poisson counts.
     """
-    square = np.square(mean).sum(0)
-    estimate = (np.square(y - mean) - mean).sum(0) / square
-    precision = np.square(square) / (2 * square + mean.sum(0))
+    mean = weight.sum(0) @ programs
+    square = np.einsum("kg,kl,lg->g", programs, weight.T @ weight, programs)  # sum of mu^2 over cells
+    product = ((y.T @ weight) * programs.T).sum(1)
+    residual = np.asarray(y.power(2).sum(0)) - 2 * product + square
+    estimate = (residual - mean) / square
+    precision = np.square(square) / (2 * square + mean)
     prior = 1 / np.square(SPREAD_PRIOR)
     spread = (estimate * precision + SPREAD_PRIOR * prior) / (precision + prior)
     return 1 / np.clip(spread, *SPREAD_RANGE)

@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 from typer.main import get_command
 
-from hilbertcell.analyses import cli_support
+from hilbertcell.analyses import cli, cli_support
 from hilbertcell.analyses.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,11 +145,45 @@ def test_an_output_that_exists_is_refused(fitted, everything, call):
     assert everything.read_bytes() == before
 
 
-def test_scores_of_training_populations_are_refused(fitted, everything, call, tmp_path):
+def test_a_fit_may_be_replaced_but_no_other_folder(fitted):
+    cli_support.check_output(Path("fit"), True, contents=cli.FIT_FILES)
+    with pytest.raises(ValueError, match=r"holds screen\.h5ad"):
+        cli_support.check_output(
+            Path(), True, contents=cli.FIT_FILES | {p.name for p in Path().iterdir()} - {"screen.h5ad"}
+        )
+
+
+def test_training_populations_are_not_scored(fitted, everything, call, tmp_path):
     code, text = call("evaluate", everything, "screen.h5ad", "--out", tmp_path / "scores.json")
-    assert code == 2, text
-    assert "the fit was trained on them" in text
-    assert not (tmp_path / "scores.json").exists()
+    assert code == 0, text
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores["targets"]) == set(json.loads(Path("split.json").read_text())["held_out"])
+    assert len(scores["observed"]) == 8  # two training donors x two cell types x two drugs
+    assert "90 % cover" in text
+
+
+@pytest.mark.slow
+def test_benchmark_and_demo(screen_file, keys, call, tmp_path):
+    code, text = call(
+        "benchmark", screen_file, *keys(), "--split", "unseen_batch", "--out", tmp_path / "results.json"
+    )
+    assert code == 0, text
+    assert {"null", "hilbertcell"} <= set(
+        json.loads((tmp_path / "results.json").read_text())["law"]["models"]
+    )
+    out = tmp_path / "demo"
+    code, text = call("demo", screen_file, *keys(), "--out", out)
+    assert code == 0, text
+    assert {path.name for path in out.iterdir()} == cli.DEMO_FILES - {"cells.h5ad"}
+    assert call("demo", screen_file, *keys(), "--out", out)[0] == 2
+    (out / "mine.txt").write_text("precious")
+    code, text = call("demo", screen_file, *keys(), "--out", out, "--force")
+    assert code == 2
+    assert "holds mine.txt" in text
+    (out / "mine.txt").unlink()
+    (out / "report.html").write_text("old")
+    assert call("demo", screen_file, *keys(), "--out", out, "--force")[0] == 0
+    assert (out / "report.html").read_text() != "old"
 
 
 BAD_PREDICTIONS = {

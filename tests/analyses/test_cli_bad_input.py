@@ -270,9 +270,9 @@ BAD_CALLS = [
         "--perturbation, --context missing",
         "",
     ),
-    BadCall("demo_over_folder", "demo --out folder --force", "folder: holds no report.html", "another"),
+    BadCall("demo_over_folder", "demo --out folder --force", "folder: holds notes.txt", "another"),
     BadCall(
-        "fit_over_folder", "fit screen.h5ad KEYS --out folder --force", "folder: holds no manifest", "another"
+        "fit_over_folder", "fit screen.h5ad KEYS --out folder --force", "folder: holds notes.txt", "another"
     ),
 ]
 
