@@ -128,8 +128,8 @@ class _Source:
             positions = np.sort(rng.choice(positions, num_cells, replace=num_cells > len(positions)))
         self.positions = positions
         self.cells = populations.read_cells(positions)
-        self.counts = populations.keys.scale == "counts"
-        if self.counts:
+        self.counts = populations.library_size is not None
+        if populations.library_size is not None:
             self.library = populations.library_size[positions]
             self.cells = sp.csr_matrix(self.cells)
             self.state = fit_expression_state(sp.csr_array(self.cells), self.library)

@@ -24,7 +24,12 @@ from hilbertcell.models.feature_maps import FeatureMap
 from hilbertcell.models.within_covariance import WithinPrior
 
 FORMAT = 1
-_PARTS = {"feature_map": FeatureMap, "prior": WithinPrior, "coordinates": Coordinates, "moments": Moments}
+_PARTS: dict[str, Any] = {
+    "feature_map": FeatureMap,
+    "prior": WithinPrior,
+    "coordinates": Coordinates,
+    "moments": Moments,
+}
 _PACKAGES = ("hilbertcell", "jax", "numpyro", "numpy")
 
 

@@ -98,7 +98,7 @@ def predict(
     shape = (num_samples, num_targets)
     mean, shift = np.empty((*shape, num_genes), np.float32), np.empty((*shape, num_genes), np.float32)
     embedding = np.empty((*shape, fit.coordinates.A.shape[1]), np.float32)
-    u_new = {batch: [] for batch in tables if batch in given.new}
+    u_new: dict[str, list[np.ndarray]] = {batch: [] for batch in tables if batch in given.new}
     u_train, loglik, scalars, checks, shares = [], [], [], [], np.zeros(0)
     check = TrainingChecks(fit, seed)
     rows = {batch: np.flatnonzero(wanted["batch"] == batch) for batch in tables}

@@ -1,7 +1,7 @@
 """What training says about each target beside the draws: the null's shift, noise, library and spread ratios."""
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def target_constants(
         position = 2 * fit.names.contexts.index(context) + 1
         variance = fit.prior.class_variance[position, :num_genes]
         out["noise_variance"][t] = np.mean([p.variance for p in found], axis=0) if found else variance
-    constants = {name: (("population", "gene"), values) for name, values in out.items()}
+    constants: dict[str, Any] = {name: (("population", "gene"), values) for name, values in out.items()}
     constants |= {
         "control_n": ("population", control_n),
         "target_observed": ("population", observed),
