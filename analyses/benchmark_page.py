@@ -28,7 +28,7 @@ would not: shuffling ruins that null, and a slope near -1 then recovers the trai
 
 The 20 cells are of one type, scores are on the other types: mean over the types and over 20 choices of the cells.
 """,
-    "kang": """## Cells of a donor whose controls alone are known (`kang_ifnb_wide`)
+    "kang_cells": """## Cells of a donor whose controls alone are known (`kang_ifnb_wide`)
 
 `python -m hilbertcell.analyses.first_benchmarks --only kang`. Leave one of six donors out; units of at least 20 stimulated
 and 40 control cells. Controls are split in two: one half is transported, the other is the reference for differential

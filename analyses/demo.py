@@ -55,14 +55,17 @@ def run_demo(file: Path | None, keys: KeyOptions | None, out: Path) -> None:
         known = {perturbation for perturbation, _ in fitted.names.levels}
         targets = hidden[hidden["perturbation"].isin(known) & hidden["context"].isin(fitted.names.contexts)]
         targets[TARGET_COLUMNS].to_csv(folder / "targets.csv", index=False)
+        given = populations.select(labels["is_control"] & labels["batch"].isin(batches))
+        # Half of the controls are transported: the others are the reference of the tests for changed genes.
+        half = max(int(given.labels["num_cells"].min()) // 2, 1)
         _say(
             f"predict the hidden populations from the controls of {', '.join(batches)} alone",
-            f"predict {out}/fit {shown} --targets {out}/targets.csv --out {out}/draws.nc --cells {out}/predicted.h5ad",
+            f"predict {out}/fit {shown} --targets {out}/targets.csv --out {out}/draws.nc"
+            f" --cells {out}/predicted.h5ad --cells-per-population {half}",
         )
-        given = populations.select(labels["is_control"] & labels["batch"].isin(batches))
         draws = fitted.predict(given, targets=targets[TARGET_COLUMNS], seed=0, progress=True)
         write_draws(draws, folder / "draws.nc")
-        cells = fitted.sample_cells(draws, given, seed=0)
+        cells = fitted.sample_cells(draws, given, cells_per_population=half, seed=0)
         cells.write_h5ad(folder / "predicted.h5ad", compression="gzip")
 
         _say(

@@ -23,8 +23,12 @@ import numpy as np
 from scipy import sparse
 
 WEIGHT_PRIOR = 2.0  # a: weights of a program vary between cells by 70 % before the counts are seen
-PROFILE_PRIOR = 50.0  # pseudo-molecules of the mean profile in each program: keeps programs of few cells near it
-SPREAD_PRIOR = 0.25  # 1/r where the counts cannot tell, and its standard deviation: induced genes have r of 2 to 20
+PROFILE_PRIOR = (
+    50.0  # pseudo-molecules of the mean profile in each program: keeps programs of few cells near it
+)
+SPREAD_PRIOR = (
+    0.25  # 1/r where the counts cannot tell, and its standard deviation: induced genes have r of 2 to 20
+)
 SPREAD_RANGE = (1e-4, 2.0)  # r above 1/2: below it a few stray cells would carry the whole gene
 MAX_PROGRAMS = 5
 CELLS_PER_PROGRAM = 100
@@ -53,9 +57,9 @@ class ExpressionState:
 def fit_expression_state(counts: sparse.csr_array, library_size: np.ndarray) -> ExpressionState:
     """Fit the programs, the cells' weights and the gamma shapes to counts (n, G) with library sizes (n,).
 
-    One program for each 100 cells, five at most; the fit is deterministic and equivariant to the order of the cells as long as they are
-    at most 2,000 (beyond, the programs are fitted on evenly spaced ones). Genes without counts get the rate of
-    half a molecule in the whole sample.
+    One program for each 100 cells, one to five; beyond 2,000 cells programs and shapes are those of evenly spaced
+    ones. Deterministic, and up to 2,000 cells the same whatever their order. The rates keep each gene's mean, but for
+    half a molecule in the whole sample that is added to it, so that no gene is out of reach.
     """
     y = sparse.csr_array(counts, dtype=np.float64)
     library = np.maximum(np.asarray(library_size, dtype=np.float64), 1e-12)
@@ -68,7 +72,11 @@ def fit_expression_state(counts: sparse.csr_array, library_size: np.ndarray) -> 
     else:
         programs, share = _fit_programs(y[fitted], library[fitted], profile, num_programs)
     shape, rate = _weights(y, library, programs, share)
-    return ExpressionState(shape, rate, programs, _gamma_shape(y[fitted], shape[fitted] / rate[fitted], programs))
+    # what the priors pull away from the margins is given back: the rates keep each gene's mean
+    programs = programs * (profile * library.sum() / ((shape / rate).sum(0) @ programs))
+    return ExpressionState(
+        shape, rate, programs, _gamma_shape(y[fitted], shape[fitted] / rate[fitted], programs)
+    )
 
 
 def _fit_programs(
@@ -85,11 +93,11 @@ def _fit_programs(
         ratio = _over_mean(y, weight, programs)
         share = weight.sum(0) / weight.sum()
         shape, rate = _update(ratio, library, weight, programs, share)
-        programs = (programs * (ratio.T @ weight).T + prior) / (weight.sum(0)[:, None] + prior.sum() / profile.sum())
+        programs = (programs * (ratio.T @ weight).T + prior) / (
+            weight.sum(0)[:, None] + prior.sum() / profile.sum()
+        )
         weight = shape / rate
-    # what the priors pull away from the margins is given back: the programs keep each gene's mean
-    mean = weight.sum(0) @ programs
-    return programs * (profile * library.sum() / mean), weight.sum(0) / weight.sum()
+    return programs, weight.sum(0) / weight.sum()
 
 
 def _principal_scores(y: sparse.csr_array, library: np.ndarray, number: int) -> np.ndarray:
@@ -98,7 +106,9 @@ def _principal_scores(y: sparse.csr_array, library: np.ndarray, number: int) -> 
     A start for the programs needs directions, not converged eigenvectors. The first guess is a fixed one, so that
     the result is a function of the cells, whatever their order.
     """
-    root = sparse.csr_array((np.sqrt(y.data / np.repeat(library, np.diff(y.indptr))), y.indices, y.indptr), y.shape)
+    root = sparse.csr_array(
+        (np.sqrt(y.data / np.repeat(library, np.diff(y.indptr))), y.indices, y.indptr), y.shape
+    )
     mean = np.asarray(root.mean(0))
     axes = np.random.default_rng(0).standard_normal((y.shape[1], number))
     for _ in range(10):

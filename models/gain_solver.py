@@ -80,7 +80,9 @@ class Moments:
     share: np.ndarray
 
 
-def solve_gains(problem: GainProblem, rng: np.random.Generator, each: Each) -> tuple[list[MarkedCounts], Moments]:
+def solve_gains(
+    problem: GainProblem, rng: np.random.Generator, each: Each
+) -> tuple[list[MarkedCounts], Moments]:
     """Marked counts, in chunks of genes, and their moments at the solution.
 
     `each` maps over chunks; it may use threads, the result does not depend on it.
@@ -138,7 +140,12 @@ def _first_gains(problem: GainProblem) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _match(
-    chunks: list[MarkedCounts], gain: np.ndarray, low: np.ndarray, high: np.ndarray, problem: GainProblem, each: Each
+    chunks: list[MarkedCounts],
+    gain: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    problem: GainProblem,
+    each: Each,
 ) -> tuple[np.ndarray, Moments, np.ndarray]:
     """Gains within [low, high] whose means match as far as they can, their moments, and the errors left (G,)."""
     gain = np.clip(gain, low, high)
@@ -168,6 +175,10 @@ def _match(
         gain = gain.copy()
         for genes, values in each(bracket, chunks):
             gain[genes] = values
+    excess = _excess(now.library, problem)
+    if abs(excess) > 1e-3:  # means are matched relative to smaller library sizes: go back to these
+        gain = np.clip(gain * np.exp(-excess), low, high)
+        now = _moments(chunks, gain, problem, each)
     return gain, now, np.where(wrong, error, 0.0)
 
 
@@ -250,16 +261,20 @@ def _gene_moments(
     return mean, np.sqrt(np.maximum(square - mean * mean, 0)), slope, pull
 
 
+def _excess(library: np.ndarray, problem: GainProblem) -> float:
+    """By how much mean log library sizes leave the given ratio beyond the slack."""
+    known = (library > 0) & (problem.library > 0)
+    if not known.any():
+        return 0.0
+    drift = float(np.mean(np.log(library[known] / problem.library[known])) - np.log(problem.library_ratio))
+    return drift - float(np.clip(drift, -LIBRARY_SLACK, LIBRARY_SLACK))
+
+
 def _scale(library: np.ndarray, problem: GainProblem) -> np.ndarray:
     """Counts per ten thousand of one molecule (n,).
 
     Where library sizes are sums of the counts, means of sparse counts determine them, and those of deep counts do
     not: all gains could rise together for ever in pursuit of a target that contradicts itself. So beyond the slack
-    around the given ratio means are matched relative to the library size only, and stay in error.
+    around the given ratio means are matched relative to the library sizes at its end, and stay in error.
     """
-    known = (library > 0) & (problem.library > 0)
-    drift = 0.0
-    if known.any():
-        drift = float(np.mean(np.log(library[known] / problem.library[known])) - np.log(problem.library_ratio))
-    excess = drift - np.clip(drift, -LIBRARY_SLACK, LIBRARY_SLACK)
-    return TARGET_SUM * np.exp(excess) / np.maximum(library, 1e-9)
+    return TARGET_SUM * np.exp(_excess(library, problem)) / np.maximum(library, 1e-9)

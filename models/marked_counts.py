@@ -135,7 +135,9 @@ def reveal_marks(
         cell=entries - gene * num_cells,
         base=np.insert(np.where(thinned, 0, count), place, 0),
         start=_delimit(marked),
-        marks=np.insert(rng.random(len(observed), dtype=np.float32), np.searchsorted(observed, new), new_marks),
+        marks=np.insert(
+            rng.random(len(observed), dtype=np.float32), np.searchsorted(observed, new), new_marks
+        ),
         mark_gene=np.repeat(gene, marked),
     )
 

@@ -44,18 +44,16 @@ def test_fresh_counts_are_not_predicted_worse_where_there_are_no_programs():
     assert state.programs.shape[0] > 1
     size_factor = counts.sum(1)[:, None] * counts.sum(0) / counts.sum()
     gap = log_likelihood(fresh, size_factor) - log_likelihood(fresh, expected(state))
-    assert gap < 0.02  # a parameter for each of 300 x 3 weights is paid for by fewer than 2 % of a nat per molecule
+    assert (
+        gap < 0.02
+    )  # a parameter for each of 300 x 3 weights is paid for by fewer than 2 % of a nat per molecule
 
 
 @pytest.mark.parametrize("n", [30, 400])
 def test_rates_keep_the_mean_of_every_gene(n):
     counts, _ = planted(n=n, shape=2.0)
     state = fit_expression_state(sparse.csr_array(counts), counts.sum(1))
-    mean = counts.mean(0)
-    # weights of a last step are not those that the programs were scaled for: a fraction of the Monte Carlo error
-    error = np.sqrt(mean / n)
-    assert np.abs(expected(state).mean(0) - mean).max() < 0.6 * error.max()
-    assert np.median(np.abs(expected(state).mean(0) - mean) / error) < 0.2
+    np.testing.assert_allclose(expected(state).sum(0), counts.sum(0) + 0.5)
 
 
 @pytest.mark.parametrize("shape", [1.0, 3.0, np.inf])
@@ -63,7 +61,7 @@ def test_gamma_shapes_come_back_where_counts_are_many(shape):
     rng = np.random.default_rng(3)
     n, mean = 90, rng.uniform(5, 20, 200)  # one program
     factor = 1.0 if np.isinf(shape) else rng.gamma(shape, size=(n, 200)) / shape
-    counts = rng.poisson(mean * factor)
+    counts = rng.poisson(mean * factor, (n, 200))
     spread = 1 / fit_expression_state(sparse.csr_array(counts), np.full(n, mean.sum())).shape
     error = spread.std() / np.sqrt(200)
     bias = 0.15 / shape + 0.005  # shrinkage, and the mean fitted to the same cells
