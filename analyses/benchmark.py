@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from rich.progress import Progress
-from rich.table import Table
 
-from hilbertcell.analyses.cell_summary import cell_rows, score_cells, summarise_cells
+from hilbertcell.analyses.cell_summary import score_cells, summarise_cells
 from hilbertcell.analyses.gene_table import natural_cells
 from hilbertcell.analyses.law_summary import (
-    VERDICT,
     LawScores,
     jsonable,
-    law_rows,
     score_targets,
     summarise_law,
 )
@@ -36,16 +33,6 @@ MIN_PERTURBED = 20  # cells: below, DE tests and energy distances of a unit are 
 MIN_CONTROL = 40  # cells: half is transported, half is the reference
 FEW_SHOT_CELLS = 20
 MODEL = "hilbertcell"
-TERMINAL = [  # columns of the law table that fit a terminal; the results hold them all
-    "excess squared error",
-    "excess x null",
-    "CRPS",
-    "CRPS x null",
-    "energy score x null",
-    "cover of 90 %",
-    "width of 90 %",
-    VERDICT,
-]
 
 
 def benchmark(
@@ -152,7 +139,7 @@ def cell_units(labels: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     units = labels.loc[list(names)]
     units = units[units["num_cells"] >= MIN_PERTURBED]
     control = [place.get(key) for key in zip(units["context"], units["batch"], strict=True)]
-    return units.assign(control=control)[[name is not None for name in control]]
+    return units.assign(control=control)[np.array([name is not None for name in control], dtype=bool)]
 
 
 def cell_fold(
@@ -199,25 +186,6 @@ def concatenate_units(folds: Sequence[Mapping[str, pd.DataFrame]]) -> dict[str, 
     """Scores of all folds that had units, one table per predictor."""
     folds = [fold for fold in folds if fold]
     return {name: pd.concat([fold[name] for fold in folds]) for name in (folds[0] if folds else {})}
-
-
-def results_tables(results: Mapping[str, Any]) -> list[Table]:
-    """The results of `benchmark` as tables for the terminal; verdicts against the null in colour."""
-    tables = []
-    law = law_rows(results["law"])[TERMINAL]
-    colour = {"wins": "green", "loses": "bold red", "undecided": "yellow"}
-    law[VERDICT] = [f"[{colour[text]}]{text}[/]" if text in colour else text for text in law[VERDICT]]
-    titles = {"law": f"laws, split {results['split']}, {results['law']['num_targets']} hidden populations"}
-    frames = {"law": law}
-    if "cells" in results:
-        frames["cells"] = cell_rows(results["cells"])
-        titles["cells"] = f"cells, {results['cells']['num_units']} units"
-    for name, frame in frames.items():
-        table = Table("model", *frame.columns, title=titles[name])
-        for model, row in frame.iterrows():
-            table.add_row(str(model), *map(str, row))
-        tables.append(table)
-    return tables
 
 
 def concatenate_laws(folds: Sequence[Mapping[str, LawScores]]) -> dict[str, LawScores]:

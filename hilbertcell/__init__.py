@@ -19,7 +19,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
-        raise AttributeError(f"module 'hilbertcell' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'hilbertcell' has no attribute {name!r}; it offers {', '.join(__all__)}"
+        )
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -37,10 +37,12 @@ def save_fit(fit: Fit, path: Path, *, force: bool = False) -> None:
     """Write a fit as the folder `path`, complete or not at all.
 
     Raises:
-        FileExistsError: `path` exists and `force` is not set.
+        FileExistsError: `path` exists and `force` is not set, or it is not a fit, which is never replaced.
     """
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; choose another folder or force its replacement")
+    if path.exists() and not (path / "manifest.json").exists():
+        raise FileExistsError(f"{path} exists and is not a fit; choose another folder")
     arrays = {"scores_center": fit.scores_center}
     for name in _PARTS:
         arrays |= {f"{name}.{key}": value for key, value in getattr(fit, name).to_arrays().items()}

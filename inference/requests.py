@@ -108,9 +108,7 @@ def choose_targets(fit: "Fit", labels: pd.DataFrame, targets: pd.DataFrame | Non
                 f"targets = {listing(list(targets.columns))}: columns {listing(lacking)} are missing; add them"
             )
         wanted = targets.copy()
-        wanted["dose"] = (
-            pd.to_numeric(wanted["dose"], errors="coerce").fillna(-1.0) if "dose" in wanted else -1.0
-        )
+        wanted["dose"] = _doses(wanted["dose"]) if "dose" in wanted else -1.0
         for column in ("context", "perturbation", "batch"):
             wanted[column] = wanted[column].astype(str)
         lost = wanted.merge(pairs, how="left", indicator=True)
@@ -138,6 +136,18 @@ def choose_targets(fit: "Fit", labels: pd.DataFrame, targets: pd.DataFrame | Non
         name="population",
     )
     return wanted
+
+
+def _doses(column: pd.Series) -> pd.Series:
+    """Doses as numbers, -1 where there is none."""
+    doses = pd.to_numeric(column, errors="coerce")
+    wrong = column[doses.isna() & column.notna() & (column.astype(str).str.strip() != "")]
+    if len(wrong) or (doses <= 0).any():
+        given = wrong.iloc[0] if len(wrong) else doses[doses <= 0].iloc[0]
+        raise DataError(
+            f"targets: dose {given!r} is not a positive number; leave it empty where there is no dose"
+        )
+    return doses.fillna(-1.0)
 
 
 def batch_targets(

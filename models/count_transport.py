@@ -35,9 +35,8 @@ __all__ = ["natural_mean", "transport_counts"]
 # Spread of the cells' amplitudes of response, a coefficient of variation of 1/2: under interferon (Kang 2018) induced
 # genes correlate by 0.03 to 0.15 within populations; without it the transported ones do by 0.01, with it by 0.03.
 AMPLITUDE_SHAPE = 4.0
-NUM_THREADS = min(
-    4, os.cpu_count() or 1
-)  # genes are independent given library sizes; more threads wait for memory
+# genes are independent given library sizes; more threads would wait for memory
+NUM_THREADS = min(4, os.cpu_count() or 1)
 
 
 def transport_counts(

@@ -102,6 +102,8 @@ def test_targets_are_honoured_or_refused_by_name(without_d5, d5):
     ]:
         with pytest.raises(DataError, match=culprit):
             without_d5.predict(d5, targets=table.assign(**{column: value}), num_samples=5)
+    with pytest.raises(DataError, match="dose 'high'"):
+        without_d5.predict(d5, targets=table.assign(dose="high"), num_samples=5)
     with pytest.raises(DataError, match="perturbation"):
         without_d5.predict(d5, targets=table.drop(columns="perturbation"), num_samples=5)
 

@@ -46,6 +46,9 @@ def test_an_existing_folder_is_refused_and_replaced_only_when_forced(without_d5,
         without_d5.save(tmp_path / "fit")
     without_d5.save(tmp_path / "fit", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fit"]
+    (tmp_path / "home").mkdir()
+    with pytest.raises(FileExistsError, match="not a fit"):
+        without_d5.save(tmp_path / "home", force=True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "manifest"])
