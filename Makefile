@@ -46,7 +46,7 @@ docs: $(with_docs) ## the pages of docs/ as a site in docs/_build/html
 
 bench: $(core) ## the figures of docs/benchmarks.md (tens of minutes; needs the real data)
 	$(bin)/python -m hilbertcell.analyses.first_benchmarks
-	$(bin)/python -m hilbertcell.analyses.transport_benchmark
+	$(bin)/python -m hilbertcell.analyses.transport_benchmark --seeds 1
 	$(bin)/python -m hilbertcell.analyses.benchmark_page
 
 constraints: ## resolve constraints.txt afresh (needs uv)

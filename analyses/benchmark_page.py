@@ -36,7 +36,8 @@ expression of prediction and truth alike. Beside: real stimulated cells of the t
 """,
     "count_transport": """## Count transport given the true means (`papalexi_eccite_crispr`)
 
-`python -m hilbertcell.analyses.transport_benchmark`.
+`python -m hilbertcell.analyses.transport_benchmark --seeds 1`. Two kinds of target: the means of the true cells themselves, and source
+means plus the mean effect measured on other cells.
 """,
 }
 
