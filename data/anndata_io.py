@@ -1,4 +1,4 @@
-"""From h5ad files or AnnData to `Populations`: the only place in the project that reads AnnData.
+"""From h5ad files, zarr stores or AnnData to `Populations`: the only place in the project that reads AnnData.
 
 Everything that can be wrong with a file is looked for before anything is computed, and reported together.
 """
@@ -50,8 +50,8 @@ def read_populations(
     """Read the labels of a screen, check the whole file once in blocks, and give access to its cells.
 
     Args:
-        source: an .h5ad file (CSR or dense), an AnnData (in memory or backed), or a list of them with the same
-            genes, read as if concatenated.
+        source: an .h5ad file or a .zarr folder (CSR or dense), an AnnData (in memory or backed), or a list of
+            them, of any kinds, with the same genes, read as if concatenated.
         perturbation: obs column of what was done to the cell; 'A+B' is the combination of A and B.
         control: label of unperturbed cells in that column.
         context: obs column, or columns, of the observed kind of cell.
@@ -123,7 +123,7 @@ def _open_all(sources: Sequence[Source], layer: str | None) -> list[Table]:
     """All sources, opened; those that cannot be are reported together."""
     problems = Problems(f"{len(sources)} sources")
     if not sources:
-        problems.add("source", [], "names no file", "give at least one .h5ad file or AnnData")
+        problems.add("source", [], "names no file", "give at least one .h5ad file, .zarr folder or AnnData")
     tables = [open_table(problems, source, layer) for source in sources]
     problems.raise_if_any()
     return [table for table in tables if table is not None]

@@ -1,23 +1,29 @@
-"""Rows of a cells x genes matrix, read in blocks from h5ad files or AnnData, never the whole of a file.
+"""Rows of a cells x genes matrix, read in blocks from h5ad and zarr files or AnnData, never the whole of a file.
 
 A `CellMatrix` is one or several parts stacked by rows, each with its own gene order. Compressed sparse rows are
 read straight from `indptr`, `data` and `indices` (contiguous ranges), dense matrices by slices of rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 import scipy.sparse as sp
 
+from hilbertcell.data.stores import (
+    UNREADABLE,
+    Node,
+    Reader,
+    Rows,
+    bytes_per_row,
+    canonical,
+    is_node,
+    node_reader,
+    open_store,
+)
 from hilbertcell.data.validation import DataError
-
-type Rows = Any  # (m, G) CSR or dense array: scipy has no types to say it with
-type Reader = Callable[[int, int], Rows]
 
 # read_cells joins wanted rows that are closer than this into one read: decompressing some rows more is
 # cheaper than one more call into HDF5 (about 0.1 ms each).
@@ -25,53 +31,29 @@ _JOIN_GAP = 32
 _MAX_READ = 8192  # rows of one read in read_cells: bounds the memory
 
 
-def h5_format(node: h5py.Group | h5py.Dataset) -> str:
-    """How an h5ad node stores its matrix: 'array', 'csr_matrix', 'csc_matrix' or what else it says."""
-    if isinstance(node, h5py.Dataset):
-        return "array"
-    return str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "unknown group")))
-
-
-def _canonical(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, num_genes: int) -> sp.csr_array:
-    if np.any(np.diff(indptr) < 0) or (len(indices) and not 0 <= indices.min() <= indices.max() < num_genes):
-        raise OSError("the sparse matrix is damaged: its indices point outside of it")
-    if data.dtype == np.float16:  # which scipy does not take
-        data = data.astype(np.float32)
-    rows = sp.csr_array((data, indices, indptr), shape=(len(indptr) - 1, num_genes))
-    rows.sum_duplicates()  # a repeated index means a sum, which log1p must see
-    return rows
-
-
-def _h5_reader(node: h5py.Group | h5py.Dataset, num_genes: int) -> Reader:
-    if isinstance(node, h5py.Dataset):
-        return lambda start, stop: node[start:stop]
-    data, indices, pointers = node["data"], node["indices"], node["indptr"]
-
-    def read(start: int, stop: int) -> sp.csr_array:
-        indptr = pointers[start : stop + 1].astype(np.int64)
-        first, last = int(indptr[0]), int(indptr[-1])
-        return _canonical(data[first:last], indices[first:last], indptr - first, num_genes)
-
-    return read
-
-
 @dataclass(frozen=True, eq=False)
 class FilePart:
-    """A matrix of (num_cells, num_genes) at `node` of an h5ad file, opened for each pass and closed after it."""
+    """A matrix of (num_cells, num_genes) at `node` of a file, opened for each pass and closed after it.
+
+    `row_bytes` is the mean size of a row in memory, as read.
+    """
 
     path: Path
     node: str
     num_cells: int
     num_genes: int
     is_sparse: bool
+    row_bytes: float
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """A reader of row ranges. Raises: DataError if the file cannot be read any more."""
         try:
-            with h5py.File(self.path, "r") as file:
-                yield _h5_reader(file[self.node], self.num_genes)
-        except (OSError, KeyError, RuntimeError) as error:
+            with open_store(self.path) as store:
+                yield node_reader(store[self.node], self.num_genes)
+        except DataError:
+            raise
+        except UNREADABLE as error:
             raise DataError(
                 f"cannot read {self.node!r} of {self.path}: {error}; write or copy the file again"
             ) from None
@@ -81,19 +63,27 @@ class FilePart:
 class MemoryPart:
     """A matrix of (num_cells, num_genes) that is in memory, or a node of an h5ad file somebody else holds open."""
 
-    matrix: Rows | h5py.Group | h5py.Dataset
+    matrix: Rows | Node
     num_cells: int
     num_genes: int
     is_sparse: bool
 
+    @property
+    def row_bytes(self) -> float:
+        """Mean size of a row in memory."""
+        if is_node(self.matrix):
+            return bytes_per_row(self.matrix)
+        entries = self.matrix.nnz / self.num_cells if self.is_sparse else self.num_genes
+        return float(entries * (self.matrix.dtype.itemsize + 4 * self.is_sparse))
+
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """A reader of row ranges."""
-        if isinstance(self.matrix, h5py.Group | h5py.Dataset):
-            yield _h5_reader(self.matrix, self.num_genes)
+        if is_node(self.matrix):
+            yield node_reader(self.matrix, self.num_genes)
         elif self.is_sparse:
             m = self.matrix
-            yield lambda a, b: _canonical(
+            yield lambda a, b: canonical(
                 m.data[m.indptr[a] : m.indptr[b]].copy(),
                 m.indices[m.indptr[a] : m.indptr[b]].copy(),
                 m.indptr[a : b + 1] - m.indptr[a],
@@ -160,6 +150,33 @@ class CellMatrix:
                         rows = read(start + int(keep[0]), start + int(keep[-1]) + 1)[keep - keep[0]]
                         yield offset + start + keep, self._in_order(rows, columns)
             offset += part.num_cells
+
+    def partition(self, size: int | None, num_bytes: float) -> list[tuple[int, int]]:
+        """All rows as consecutive ranges (start, stop), none across two parts.
+
+        Args:
+            size: rows of a range; if None, as many as make about `num_bytes` in memory.
+            num_bytes: see `size`.
+
+        """
+        ranges, offset = [], 0
+        for part in self.parts:
+            step = size or max(1, int(num_bytes / max(part.row_bytes, 1.0)))
+            step = -(-part.num_cells // -(-part.num_cells // step))  # equal ranges, no short one at the end
+            stop = offset + part.num_cells
+            ranges += [(start, min(start + step, stop)) for start in range(offset, stop, step)]
+            offset = stop
+        return ranges
+
+    def read_range(self, start: int, stop: int) -> Rows:
+        """Rows start <= i < stop, all of one part: (stop - start, G) CSR or dense. Raises: DataError."""
+        offset = 0
+        for part, columns in zip(self.parts, self.columns, strict=True):
+            if start < offset + part.num_cells:
+                with part.open() as read:
+                    return self._in_order(read(start - offset, stop - offset), columns)
+            offset += part.num_cells
+        raise IndexError(f"rows must lie in [0, {self.num_cells}), got {start} to {stop}")
 
     def read_cells(self, positions: np.ndarray) -> Rows:
         """The rows at `positions` (m,), in that order, repeats allowed: (m, G) CSR or dense."""

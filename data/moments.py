@@ -1,25 +1,33 @@
 """Counts, means, variances and factor covariances of every population, in one pass over the cells.
 
-Each block contributes, per population, the number of cells, their mean, and their sums of squared deviations
-*from that mean*. Two such summaries are merged exactly (Chan, Golub and LeVeque 1983, eq. 2.1):
-
-    n = n1 + n2,   d = mean2 - mean1,   mean = mean1 + d n2 / n,   S = S1 + S2 + d d^T n1 n2 / n,
-
-so nothing large is ever subtracted, and the result does not depend on the blocks or on the order of the cells
-beyond rounding.
+The rows are cut into blocks by their place in the file. Each block is summed up on its own, by this process or by
+another one, and the sums are merged in the order of the blocks (`hilbertcell.data.population_sums`): the number of
+processes changes no bit of the result, the size of the blocks and the order of the cells no more than rounding.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from hilbertcell.data.grouping import labels_from_json, labels_to_json
-from hilbertcell.data.populations import Populations
+from hilbertcell.data.matrices import CellMatrix, MemoryPart
+from hilbertcell.data.population_sums import PopulationSums, Scoring, sum_cells
+from hilbertcell.data.populations import Populations, natural_rows
+from hilbertcell.data.progress import track_cells
+from hilbertcell.data.stores import Rows
+from hilbertcell.data.stream_progress import SAVE_SECONDS, StreamProgress, stream_key
+from hilbertcell.data.workers import ahead, in_order
 
-type FeatureMap = Callable[[np.ndarray], np.ndarray]
+type FeatureMap = Callable[[Any], np.ndarray]
+
+# Cells of one block in memory, as read. To merge the sums of a block, P x D numbers of them, should be little work
+# against its cells; and a process needs some five times as much memory.
+BLOCK_BYTES = 64e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,44 +78,43 @@ class Moments:
         return cls(labels=labels, **{name: array for name, array in arrays.items() if name != "labels"})
 
 
-class _Running:
-    """Running (n, mean, S) of P populations, for phi and for z, merged group by group."""
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """What a process needs to sum up any block of the rows."""
 
-    def __init__(self, num_populations: int, num_features: int, num_factors: int):
-        self.n = np.zeros(num_populations)
-        self.mean = np.zeros((num_populations, num_features))
-        self.squares = np.zeros((num_populations, num_features))
-        self.factor_mean = np.zeros((num_populations, num_factors))
-        self.products = np.zeros((num_populations, num_factors, num_factors))
+    matrix: CellMatrix
+    scale: str
+    library_size: np.ndarray | None
+    cell_population: np.ndarray
+    scoring: Scoring
 
-    def add(self, codes: np.ndarray, phi: np.ndarray, scores: np.ndarray) -> None:
-        """Merge a block: populations (m,), features (m, D), scores (m, L).
+    def read(self, bounds: tuple[int, int]) -> tuple[np.ndarray, Rows]:
+        """Selected cells among rows start <= i < stop, population by population, and the rows from first to last."""
+        start, stop = bounds
+        cells = np.flatnonzero(self.cell_population[start:stop] >= 0) + start
+        if not len(cells):
+            return cells, None
+        start, stop = int(cells[0]), int(cells[-1]) + 1
+        # In this order the sums of one population stay in the cache until it is done.
+        cells = cells[np.argsort(self.cell_population[cells], kind="stable")]
+        return cells, self.matrix.read_range(start, stop)
 
-        Group by group, because a group fits into the cache where the block and its deviations do not.
-        """
-        order = np.argsort(codes, kind="stable")
-        bounds = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1))
-        for start, stop in pairwise(bounds):
-            rows = order[start:stop]
-            self._merge(int(codes[rows[0]]), phi[rows], scores[rows])
+    def sum_up(self, block: tuple[np.ndarray, Rows]) -> tuple[np.ndarray, PopulationSums]:
+        """The populations of a block, ascending, and the sums of each."""
+        cells, rows = block
+        if not len(cells):
+            return cells, PopulationSums(0, *self.scoring.loadings.shape)
+        populations, codes = np.unique(self.cell_population[cells], return_inverse=True)
+        library = None if self.library_size is None else self.library_size[cells]
 
-    def _merge(self, j: int, phi: np.ndarray, scores: np.ndarray) -> None:
-        old, new = self.n[j], len(phi)
-        self.n[j] += new
-        step = new / self.n[j]
+        def natural(rows: Rows, place: np.ndarray) -> Rows:
+            return natural_rows(rows, self.scale, None if library is None else library[place])
 
-        mean = phi.mean(axis=0)
-        phi -= mean
-        np.square(phi, out=phi)
-        delta = mean - self.mean[j]
-        self.mean[j] += delta * step
-        self.squares[j] += phi.sum(axis=0) + delta**2 * (old * step)
+        return populations, sum_cells(rows, cells - cells.min(), codes, self.scoring, natural)
 
-        mean = scores.mean(axis=0)
-        scores -= mean
-        delta = mean - self.factor_mean[j]
-        self.factor_mean[j] += delta * step
-        self.products[j] += scores.T @ scores + np.outer(delta, delta * (old * step))
+    def sums(self, bounds: tuple[int, int]) -> tuple[np.ndarray, PopulationSums]:
+        """Both: the populations among rows start <= i < stop, and the sums of each."""
+        return self.sum_up(self.read(bounds))
 
 
 def stream_moments(
@@ -115,22 +122,31 @@ def stream_moments(
     feature_map: FeatureMap,
     loadings: np.ndarray,
     center: np.ndarray,
-    chunk_size: int = 4096,
+    chunk_size: int | None = None,
     progress: bool = False,
+    *,
+    workers: int = 1,
+    resume: Path | None = None,
 ) -> Moments:
     """The moments of all selected populations in one pass over the cells; sums in float64.
 
     Args:
         populations: P selected populations with G genes.
-        feature_map: (m, G) natural scale -> (m, D) float64.
+        feature_map: (m, G) natural scale -> (m, D) float64. Sparse files are several times faster with one that
+            makes its features from CSR rows, see `population_sums.Scoring`.
         loadings: (D, L), directions whose scores get a full within-population covariance.
         center: (D,), subtracted from phi before the scores are taken.
-        chunk_size: cells read at a time; the result does not depend on it.
+        chunk_size: cells read at a time, 64 MB of them if None; the result does not depend on it.
         progress: whether to show a progress bar.
+        workers: processes that share the blocks of files; see `workers.in_order` for what more than one asks of
+            feature_map and of the program. Cells in memory are not shared.
+        resume: a file that keeps the sums, renewed every half minute, until the pass is complete. A pass that finds the file
+            of an interrupted one over the same cells, features and blocks goes on from there, to the same bits.
 
     Raises:
         DataError: if a file cannot be read any more.
-        ValueError: if feature_map, loadings and center do not agree on D.
+        ValueError: if feature_map, loadings and center do not agree on D, or `resume` cannot be used: it is some
+            other file, the cells are in memory, or the feature map cannot be recognised.
 
     """
     loadings, center = np.asarray(loadings, dtype=np.float64), np.asarray(center, dtype=np.float64)
@@ -139,14 +155,30 @@ def stream_moments(
         raise ValueError(
             f"loadings must be ({num_features}, L) as center has {num_features}, got {loadings.shape}"
         )
-    total = _Running(len(populations.labels), num_features, loadings.shape[1])
-    for positions, x in populations.chunks(chunk_size, progress):
-        phi = np.asarray(feature_map(x), dtype=np.float64)
-        if phi.shape != (len(x), num_features):
-            raise ValueError(
-                f"feature_map must return ({len(x)}, {num_features}) as center has, got {phi.shape}"
-            )
-        total.add(populations.cell_population[positions], phi, (phi - center) @ loadings)
+    matrix, library, codes = populations.matrix, populations.library_size, populations.cell_population
+    scoring = Scoring(feature_map, loadings, center)
+    blocks = _Blocks(matrix, populations.keys.scale, library, codes, scoring)
+    total = PopulationSums(len(populations.labels), num_features, loadings.shape[1])
+    bounds = matrix.partition(chunk_size, BLOCK_BYTES)
+    kept, done, saved = None, 0, time.monotonic()
+    if resume is not None:
+        kept = StreamProgress(resume, stream_key(populations, feature_map, (loadings, center), bounds))
+        done = kept.load(total)
+    left = bounds[done:]
+    if workers > 1 and not any(isinstance(part, MemoryPart) for part in matrix.parts):
+        found = in_order(blocks.sums, left, workers)
+    else:
+        found = map(blocks.sum_up, ahead(map(blocks.read, left)))
+    ranges = zip((range(*rows) for rows in left), found, strict=True)
+    num_left = sum(stop - start for start, stop in left)
+    for _, (present, sums) in track_cells(ranges, num_left, "reading cells", progress):
+        total.merge(sums, present)
+        done += 1
+        if kept is not None and time.monotonic() - saved >= SAVE_SECONDS:
+            kept.save(total, done)
+            saved = time.monotonic()
+    if kept is not None:
+        kept.remove()
     degrees = np.where(total.n > 1, total.n - 1, np.nan)
     return Moments(
         labels=populations.labels,

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from hilbertcell.data.matrices import CellMatrix, Rows
+from hilbertcell.data.matrices import CellMatrix
 from hilbertcell.data.progress import track_cells
+from hilbertcell.data.stores import Rows
 from hilbertcell.data.validation import DataError, listing, missing_and_extra
 
 COUNTS_PER = 1e4  # library size that natural-scale counts are brought to
@@ -46,22 +47,28 @@ class Keys:
         return cls(**(values | {"context": tuple(values["context"])}))
 
 
-def natural_scale(rows: Rows, scale: str, library_size: np.ndarray | None) -> np.ndarray:
-    """Cells on the scale that models use, dense float64 (m, G).
+def natural_rows(rows: Rows, scale: str, library_size: np.ndarray | None) -> Rows:
+    """Cells on the scale that models use, float64 (m, G), CSR or dense as they were given.
 
     Counts become log1p(1e4 count / library size), with zeros for a cell without counts; "log1p" and "other"
     stay as they are. `library_size` (m,) is needed for counts only.
     """
-    dense = not sp.issparse(rows)
+    sparse = sp.issparse(rows)
     if scale != "counts":
-        return np.asarray(rows, dtype=np.float64) if dense else rows.astype(np.float64).toarray()
+        return rows.astype(np.float64) if sparse else np.asarray(rows, dtype=np.float64)
     if library_size is None:
         raise ValueError("library_size = None: counts need one library size per cell; pass (m,) total counts")
     factor = np.divide(COUNTS_PER, library_size, out=np.zeros(len(library_size)), where=library_size > 0)
-    if dense:
+    if not sparse:
         return np.log1p(rows * factor[:, None])
-    scaled = np.log1p(rows.data * np.repeat(factor, np.diff(rows.indptr)))
-    return sp.csr_array((scaled, rows.indices, rows.indptr), shape=rows.shape).toarray()
+    scaled = rows.data * np.repeat(factor, np.diff(rows.indptr))
+    return sp.csr_array((np.log1p(scaled, out=scaled), rows.indices, rows.indptr), shape=rows.shape)
+
+
+def natural_scale(rows: Rows, scale: str, library_size: np.ndarray | None) -> np.ndarray:
+    """As `natural_rows`, but dense whatever the rows are."""
+    natural = natural_rows(rows, scale, library_size)
+    return natural.toarray() if sp.issparse(natural) else natural
 
 
 def hash_names(names: np.ndarray, seed: int) -> np.ndarray:

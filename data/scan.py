@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from hilbertcell.data.matrices import CellMatrix, Rows
+from hilbertcell.data.matrices import CellMatrix
 from hilbertcell.data.progress import track_cells
+from hilbertcell.data.stores import Rows
 from hilbertcell.data.validation import Problems
+from hilbertcell.data.workers import ahead
 
 SCALES = ("counts", "log1p", "other")
 
@@ -79,7 +81,7 @@ def scan_matrix(matrix: CellMatrix, chunk_size: int = 4096, progress: bool = Fal
         2
     ) + np.uint64(1)
     scan = Scan(np.zeros(matrix.num_cells), np.zeros(matrix.num_cells, np.uint64))
-    blocks = matrix.blocks(chunk_size)
+    blocks = ahead(matrix.blocks(chunk_size))
     for positions, rows in track_cells(blocks, matrix.num_cells, "checking cells", progress):
         values = rows.data if sp.issparse(rows) else np.asarray(rows)
         scan.row_hashes[positions] = _row_hashes(rows, salt)

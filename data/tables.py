@@ -2,15 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from anndata.io import read_elem
 
-from hilbertcell.data.matrices import FilePart, MemoryPart, h5_format
+from hilbertcell.data.matrices import FilePart, MemoryPart
+from hilbertcell.data.stores import (
+    UNREADABLE,
+    Node,
+    bytes_per_row,
+    is_group,
+    is_node,
+    is_zarr,
+    open_store,
+    stored_as,
+)
 from hilbertcell.data.validation import Problems, choose_from
 
 type Source = str | Path | AnnData
@@ -31,33 +41,27 @@ def open_table(problems: Problems, source: Source, layer: str | None) -> Table |
     if isinstance(source, AnnData):
         return _open_anndata(problems, source, layer)
     path = Path(source)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        problems.add("source", str(source), what, "give the path of an .h5ad file")
+    if not path.is_file() and not is_zarr(path):
+        what = "is a folder, and not a zarr store" if path.is_dir() else "does not exist"
+        problems.add("source", str(source), what, "give the path of an .h5ad file or a .zarr folder")
         return None
+    kind = "zarr" if path.is_dir() else "h5ad"
     try:
-        with h5py.File(path, "r") as file:
-            return _open_h5ad(problems, path, file, layer)
-    # What read_elem raises depends on what is broken inside; whatever it is, the file is not a sound h5ad.
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        NotImplementedError,
-    ) as error:
-        problems.add("source", str(path), f"cannot be read as h5ad: {error}", "give a complete .h5ad file")
+        with open_store(path) as store:
+            return _open_file(problems, path, store, layer)
+    # What read_elem raises depends on what is broken inside; whatever it is, the file is not sound.
+    except UNREADABLE as error:
+        whole = "an .h5ad file" if kind == "h5ad" else "a .zarr folder, all of its files copied"
+        problems.add("source", str(path), f"cannot be read as {kind}: {error}", f"give {whole} that is whole")
     return None
 
 
-def _open_h5ad(problems: Problems, path: Path, file: h5py.File, layer: str | None) -> Table | None:
+def _open_file(problems: Problems, path: Path, file: Node, layer: str | None) -> Table | None:
     absent = [name for name in ("obs", "var") if name not in file]
     if absent:
-        problems.add(
-            "source", str(path), f"holds no {' and no '.join(absent)}", "write it with AnnData.write_h5ad"
-        )
+        how = "write_zarr" if path.is_dir() else "write_h5ad"
+        what = f"holds no {' and no '.join(absent)}"
+        problems.add("source", str(path), what, f"write it with AnnData.{how}")
         return None
     obs, var = _read_frame(file["obs"]), _read_frame(file["var"])
     node = "X" if layer is None else f"layers/{layer}"
@@ -67,11 +71,11 @@ def _open_h5ad(problems: Problems, path: Path, file: h5py.File, layer: str | Non
     shape = _usable_shape(problems, str(path), layer, file[node], obs, var)
     if shape is None:
         return None
-    part = FilePart(path.resolve(), node, *shape, is_sparse=isinstance(file[node], h5py.Group))
+    part = FilePart(path.resolve(), node, *shape, is_group(file[node]), bytes_per_row(file[node]))
     return Table(str(path), obs, var.index.to_numpy().astype(str), part)
 
 
-def _read_frame(group: h5py.Group) -> pd.DataFrame:
+def _read_frame(group: Node) -> pd.DataFrame:
     frame = read_elem(group)
     if not isinstance(frame, pd.DataFrame):
         raise TypeError(f"{group.name} holds no table")
@@ -102,7 +106,7 @@ def _open_anndata(problems: Problems, adata: AnnData, layer: str | None) -> Tabl
     shape = _usable_shape(problems, name, layer, matrix, adata.obs, adata.var)
     if shape is None:
         return None
-    part = MemoryPart(matrix, *shape, is_sparse=sp.issparse(matrix) or isinstance(matrix, h5py.Group))
+    part = MemoryPart(matrix, *shape, is_sparse=sp.issparse(matrix) or (is_node(matrix) and is_group(matrix)))
     return Table(name, adata.obs.copy(), adata.var_names.to_numpy().astype(str), part)
 
 
@@ -119,15 +123,16 @@ def _note_no_matrix(problems: Problems, name: str, layer: str | None, layers: li
 
 
 def _usable_shape(
-    problems: Problems, name: str, layer: str | None, matrix: object, obs: pd.DataFrame, var: pd.DataFrame
+    problems: Problems, name: str, layer: str | None, matrix: Any, obs: pd.DataFrame, var: pd.DataFrame
 ) -> tuple[int, int] | None:
     """The shape of a CSR or dense matrix of numbers that fits its labels; else None, with the reason noted."""
     key, value = ("X", name) if layer is None else ("layer", layer)
     stored = type(matrix).__name__
-    if isinstance(matrix, h5py.Group):
-        stored = h5_format(matrix)
-        dtype, shape = matrix["data"].dtype, tuple(int(n) for n in matrix.attrs.get("shape", (0, 0)))
-    elif isinstance(matrix, np.ndarray | sp.csr_array | h5py.Dataset):
+    if is_node(matrix) and is_group(matrix):
+        stored = stored_as(matrix)
+        if stored in ("csr_matrix", "csc_matrix"):
+            dtype, shape = matrix["data"].dtype, tuple(int(n) for n in matrix.attrs.get("shape", (0, 0)))
+    elif is_node(matrix) or isinstance(matrix, np.ndarray | sp.csr_array):
         stored, dtype, shape = "csr_matrix" if sp.issparse(matrix) else "array", matrix.dtype, matrix.shape
     if stored not in ("csr_matrix", "array"):
         what = f"is stored as {stored}, which has no rows to read in blocks"

@@ -6,13 +6,17 @@ The embedding of a population (its kernel mean embedding) is the mean of these f
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 # Several length scales: the coarse one sees which kinds of cells there are, the fine one sees mixed responders.
 BANDWIDTH_FACTORS = (0.5, 1.0, 2.0)
 # A gene seen in one pilot cell of 20,000 stands 141 sd from its mean; unclipped it would own a component.
 MAX_DEVIATION = 10.0
+type Cells = Any  # (m, G) dense array or CSR: scipy has no types to say it with
+
 # Pairwise distances for the median heuristic: 10^6 / 2 pairs fix a median to far below a percent.
 NUM_MEDIAN_CELLS = 1_000
 
@@ -57,18 +61,34 @@ class FeatureMap:
         """(D,) names: the given gene names, then `random_0`, `random_1`, ..."""
         return np.concatenate([np.asarray(genes, str), [f"random_{i}" for i in range(len(self.phase))]])
 
-    def components(self, X: np.ndarray) -> np.ndarray:
-        """(m, K) standardised principal components of cells (m, G) on the natural scale."""
+    def components(self, X: Cells) -> np.ndarray:
+        """(m, K) standardised principal components of cells (m, G), dense or CSR, on the natural scale."""
         X = _cells(X, self.num_genes)
+        if sp.issparse(X):
+            # Where values are not negative and 0 is never clipped, a gene adds to its standardised 0 the stored
+            # value over its scale, clipped from above.
+            if X.data.min(initial=0.0) >= 0 and np.all(np.abs(self.center) <= MAX_DEVIATION * self.scale):
+                zero = -self.center / self.scale
+                genes = X.indices.astype(np.intp)  # what `take` wants, made once
+                added = X.data * (1 / self.scale).take(genes)
+                np.minimum(added, (MAX_DEVIATION - zero).take(genes), out=added)
+                return sp.csr_array((added, X.indices, X.indptr), shape=X.shape) @ self.directions + (
+                    zero @ self.directions
+                )
+            X = X.toarray()
         return np.clip((X - self.center) / self.scale, -MAX_DEVIATION, MAX_DEVIATION) @ self.directions
 
-    def __call__(self, X: np.ndarray) -> np.ndarray:
-        """(m, D) float64 features of cells (m, G) on the natural scale. Raises ValueError on another G."""
-        X = _cells(X, self.num_genes)
-        features = np.empty((len(X), self.num_features))
-        features[:, : self.num_genes] = X
+    def random_features(self, X: Cells) -> np.ndarray:
+        """(m, R) float64, the features beyond the genes, of cells (m, G), dense or CSR, on the natural scale."""
         angles = self.components(X) @ self.frequencies + self.phase
-        features[:, self.num_genes :] = np.sqrt(2 / len(self.phase)) * np.cos(angles)
+        return np.sqrt(2 / max(len(self.phase), 1)) * _cosine(angles)
+
+    def __call__(self, X: Cells) -> np.ndarray:
+        """(m, D) float64 features of cells (m, G), dense or CSR, on the natural scale. Raises ValueError on another G."""
+        X = _cells(X, self.num_genes)
+        features = np.empty((X.shape[0], self.num_features))
+        features[:, : self.num_genes] = X.toarray() if sp.issparse(X) else X
+        features[:, self.num_genes :] = self.random_features(X)
         return features
 
     def kernel(self, X: np.ndarray, Y: np.ndarray) -> np.ndarray:
@@ -128,9 +148,9 @@ def fit_feature_map(
     bandwidths = median_distance(components) * factors
     frequencies = rng.standard_normal((components.shape[1], num_random)) / bandwidths
     phase = rng.uniform(0, 2 * np.pi, num_random)
-    random = np.sqrt(2 / num_random) * np.cos(components @ frequencies + phase)
+    random = np.sqrt(2 / max(num_random, 1)) * np.cos(components @ frequencies + phase)
     gene_weights = np.where(constant, 0.0, 1 / (scale**2 * np.sum(~constant)))
-    random_weights = np.full(num_random, 1 / random.var(0).sum())
+    random_weights = np.full(num_random, 1.0) / (random.var(0).sum() or 1.0)
     weights = np.concatenate([gene_weights, random_weights])
     return FeatureMap(center, scale, directions, frequencies, phase, bandwidths, weights)
 
@@ -171,8 +191,17 @@ def squared_distances(X: np.ndarray, Y: np.ndarray) -> np.ndarray:
     return np.maximum(squared, 0.0)
 
 
-def _cells(X: np.ndarray, num_genes: int) -> np.ndarray:
-    X = np.asarray(X, np.float64)
+def _cosine(angles: np.ndarray) -> np.ndarray:
+    """cos, to 2e-16: NumPy's tangent is vectorised and its cosine is not, which makes this six times faster."""
+    squared = np.square(np.tan(angles / 2))
+    return (1 - squared) / (1 + squared)
+
+
+def _cells(X: Cells, num_genes: int) -> Cells:
+    if sp.issparse(X):
+        X = X if X.format == "csr" and X.dtype == np.float64 else sp.csr_array(X, dtype=np.float64)
+    else:
+        X = np.asarray(X, np.float64)
     if X.ndim != 2 or X.shape[1] != num_genes:
         raise ValueError(
             f"the feature map was fitted on {num_genes} genes and was given an array of shape {X.shape}: "

@@ -1,8 +1,11 @@
 """Feature map: exact gene block, random features that converge to their kernel, independence of row order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from scipy import sparse
 
 from hilbertcell.models.feature_maps import (
     MAX_DEVIATION,
@@ -140,6 +143,38 @@ def test_a_gene_seen_in_one_cell_is_clipped():
     np.testing.assert_allclose(feature_map.components(moved), feature_map.components(limit), atol=1e-9)
 
 
+@pytest.mark.parametrize("what", ["counts", "clipped", "negative", "zero is clipped", "empty"])
+def test_compressed_rows_give_the_features_of_dense_ones(what):
+    rng = np.random.default_rng(5)
+    X = np.log1p(rng.poisson(0.3, (300, 12)) * rng.uniform(1, 9, (300, 1)))
+    feature_map = fit_feature_map(X, num_components=4, num_random=6)
+    if what == "clipped":
+        X[:9, 3] += 1e3
+    elif what == "negative":
+        X[X > 0] *= -1e3
+    elif what == "zero is clipped":
+        feature_map = replace(feature_map, center=feature_map.center + np.where(np.arange(12) == 2, 99, 0))
+    elif what == "empty":
+        X = np.zeros_like(X)
+    expected = feature_map(X)
+    for rows in (sparse.csr_array(X), sparse.csc_array(X), sparse.csr_matrix(X).astype(np.float64)):
+        assert isinstance(feature_map(rows), np.ndarray)
+        np.testing.assert_allclose(feature_map(rows), expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            feature_map.random_features(rows), expected[:, 12:], rtol=1e-11, atol=1e-12
+        )
+    with pytest.raises(ValueError, match=r"fitted on 12 genes .* shape \(300, 11\)"):
+        feature_map(sparse.csr_array(X[:, 1:]))
+
+
+def test_random_features_are_the_cosines_they_say():
+    X = correlated_cells()
+    feature_map = fit_feature_map(X, num_components=4, num_random=50)
+    angles = feature_map.components(X) @ feature_map.frequencies + feature_map.phase
+    np.testing.assert_allclose(random_block(feature_map, X), np.sqrt(2 / 50) * np.cos(angles), atol=1e-15)
+    assert np.abs(angles).max() > 2 * np.pi
+
+
 def test_round_trip_through_safetensors(tmp_path):
     X = correlated_cells()
     feature_map = fit_feature_map(X)
@@ -157,3 +192,10 @@ def test_wrong_shapes_are_named():
         fit_feature_map(X[:1])
     with pytest.raises(ValueError, match="every gene is constant"):
         fit_feature_map(np.ones((5, 3)))
+
+
+def test_no_random_features_leave_the_genes_alone():
+    pilot = np.random.default_rng(0).standard_normal((30, 4))
+    alone = fit_feature_map(pilot, num_components=2, num_random=0)
+    np.testing.assert_array_equal(alone(pilot), pilot)
+    assert alone.weights.shape == (4,)
