@@ -12,7 +12,7 @@ of the cells within a feature, and so their dependence between features, stay th
 import numpy as np
 
 # as in `marked_counts`: beyond it a control cell's own level says nothing about the induced one
-MAX_FOLD = 4.0
+MAX_FOLD = 3.0
 
 
 def transport_continuous(x: np.ndarray, target_mean: np.ndarray, sd_log_ratio: np.ndarray) -> np.ndarray:

@@ -16,179 +16,301 @@ an amplitude of the cell that all its genes share (how far it responds) and a fr
 genes near 0 in controls.
 
 No gamma variable is ever stored: a gamma-Poisson count is a Poisson number of clusters of logarithmic size (Quenouille
-1949, Biometrics 5:162), so that random numbers are spent on molecules added, not on cells x genes.
+1949, Biometrics 5:162). Clusters are proposed from rates that factorise over cells and genes, and accepted by the ratio
+of their rate to that one, so that work is spent on molecules, not on cells x genes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse
 
-MAX_FOLD = 4.0
-FLOOR_SHAPE = np.float32(4.0)  # induced genes of the data sets of this project have gamma shapes of 2 to 20
-DENSE_BLOCK = 1 << 18  # rates of cells x genes held at once: 1 MB each in float32, near the processor
-STRIDE = 16
+MAX_FOLD = 3.0
+# Gamma shape of a gene beyond MAX_FOLD, beside the amplitudes: induced genes of Kang (2018) have 2 to 20 in all.
+FLOOR_SHAPE = np.float32(10.0)
+
+
+@dataclass(frozen=True, eq=False)
+class CellRates:
+    """Drawn rates of n cells: mu = weights @ programs with weights (n, K), programs (K, G), float32.
+
+    `shape` (G,) gamma shapes r, `amplitude` (n,) of the cells' response beyond MAX_FOLD, mean 1, both float32.
+    """
+
+    weights: np.ndarray
+    programs: np.ndarray
+    shape: np.ndarray
+    amplitude: np.ndarray
+
+    def select(self, cells: np.ndarray) -> "CellRates":
+        """The rates of some cells."""
+        return CellRates(self.weights[cells], self.programs, self.shape, self.amplitude[cells])
+
+    def mean(self, cells: np.ndarray, genes: np.ndarray) -> np.ndarray:
+        """Expected counts mu (m,) of pairs of a cell and a gene."""
+        return np.einsum("mk,mk->m", self.weights[cells], self._profiles[genes])
+
+    def highest(self, genes: np.ndarray) -> np.ndarray:
+        """A bound of mu over cells, by gene."""
+        return self._profiles[genes] @ self.weights.max(0)
+
+    def points(
+        self, factor: np.ndarray, genes: np.ndarray, rng: np.random.Generator, *, amplified: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Poisson points with rates factor (B,) x mu, or x mu x amplitude: positions in `genes`, and cells."""
+        lots = self._amplified_lots if amplified else self._lots
+        number = rng.poisson(factor[:, None] * self._profiles[genes] * np.array([lot.total for lot in lots]))
+        rows = [np.repeat(np.arange(len(genes)), number[:, k]) for k in range(len(lots))]
+        cells = [lot.draw(len(row), rng) for lot, row in zip(lots, rows, strict=True)]
+        return np.concatenate(rows), np.concatenate(cells)
+
+    @cached_property
+    def _profiles(self) -> np.ndarray:
+        return np.ascontiguousarray(self.programs.T)
+
+    @cached_property
+    def _lots(self) -> list["_Lots"]:
+        return [_Lots.of(weight) for weight in self.weights.T]
+
+    @cached_property
+    def _amplified_lots(self) -> list["_Lots"]:
+        return [_Lots.of(weight) for weight in self.weights.T * self.amplitude]
+
+
+@dataclass(frozen=True, eq=False)
+class _Lots:
+    """To draw cells with chances in proportion to weights: partial sums up to 1, and the first cell of equal steps of them."""
+
+    total: float
+    sums: np.ndarray
+    guide: np.ndarray
+
+    @classmethod
+    def of(cls, weight: np.ndarray) -> "_Lots":
+        sums = np.cumsum(weight, dtype=np.float64)
+        total = float(sums[-1])
+        sums = sums / total if total > 0 else np.arange(1, len(sums) + 1) / len(sums)
+        steps = 1 << (2 * len(sums)).bit_length()
+        return cls(total, sums, np.searchsorted(sums, np.arange(steps) / steps, side="right"))
+
+    def draw(self, number: int, rng: np.random.Generator) -> np.ndarray:
+        level = rng.random(number)
+        cell = self.guide[(level * len(self.guide)).astype(np.int64)]
+        late = np.flatnonzero(self.sums[cell] <= level)
+        cell[late] = np.searchsorted(self.sums, level[late], side="right")
+        return cell
 
 
 @dataclass(frozen=True, eq=False)
 class MarkedCounts:
-    """The counts of the genes `genes` (B,) as entries, sorted by gene and cell, of molecules.
+    """The counts of the genes `genes` (B,) over a range of gains, as entries sorted by gene and cell.
 
-    Entry e belongs to cell[e], holds base[e] molecules that always stay and the marked ones marks[start[e]:start[e+1]].
-    `gene_start` (B + 1,) delimits the entries of each gene, `mark_gene` (positions in `genes`) says whose a mark is.
+    Entry e belongs to cell[e] and holds base[e] molecules throughout the range; molecule m, of entry[m] and of the gene
+    at position mark_gene[m], is there when the gain is above marks[m]. `gene_start` (B + 1,) delimits each gene's entries.
     """
 
+    num_cells: int
     genes: np.ndarray
     gene_start: np.ndarray
     cell: np.ndarray
     base: np.ndarray
-    start: np.ndarray
+    entry: np.ndarray
     marks: np.ndarray
     mark_gene: np.ndarray
 
     def counts(self, gain: np.ndarray) -> np.ndarray:
-        """Counts (int32) of the entries at the gains (B,)."""
-        kept = np.zeros(len(self.marks) + 1, dtype=np.int32)
-        np.cumsum(self.marks < gain.astype(np.float32)[self.mark_gene], dtype=np.int32, out=kept[1:])
-        return self.base + np.diff(kept[self.start])
+        """Counts of the entries at the gains (B,)."""
+        return self.base + np.bincount(self.entry[self._there(gain)], minlength=len(self.base))
+
+    def cell_sums(self, gain: np.ndarray) -> np.ndarray:
+        """Sums (num_cells,) of the counts at the gains (B,)."""
+        return self._base_sums + np.bincount(self._mark_cell[self._there(gain)], minlength=self.num_cells)
 
     def gene_sums(self, values: np.ndarray) -> np.ndarray:
         """Sums (B,) over each gene's entries of values (E,)."""
-        held = np.diff(self.gene_start) > 0
-        sums = np.zeros(len(self.genes))
-        if held.any():  # an empty slice would return the next gene's first entry
-            sums[held] = np.add.reduceat(values, self.gene_start[:-1][held], dtype=np.float64)
-        return sums
+        return sums_between(self.gene_start, values)
 
     def select(self, chosen: np.ndarray) -> "MarkedCounts":
         """The counts of the genes with chosen (B,) True."""
-        position = np.cumsum(chosen) - 1
-        entries = np.repeat(chosen, np.diff(self.gene_start))
+        return self._keep(chosen, np.repeat(chosen, np.diff(self.gene_start)))
+
+    def changing(self, chosen: np.ndarray) -> "MarkedCounts":
+        """The entries with molecules that come or go within the range, of the genes with chosen (B,) True."""
+        entries = np.zeros(len(self.base), dtype=bool)
+        entries[self.entry[chosen[self.mark_gene]]] = True
+        return self._keep(chosen, entries)
+
+    def _keep(self, chosen: np.ndarray, entries: np.ndarray) -> "MarkedCounts":
         molecules = chosen[self.mark_gene]
+        before = np.concatenate([[0], np.cumsum(entries)])
         return MarkedCounts(
+            num_cells=self.num_cells,
             genes=self.genes[chosen],
-            gene_start=_delimit(np.diff(self.gene_start)[chosen]),
+            gene_start=_delimit(np.diff(before[self.gene_start])[chosen]),
             cell=self.cell[entries],
             base=self.base[entries],
-            start=_delimit(np.diff(self.start)[entries]),
+            entry=before[self.entry[molecules]],
             marks=self.marks[molecules],
-            mark_gene=position[self.mark_gene[molecules]],
+            mark_gene=(np.cumsum(chosen) - 1)[self.mark_gene[molecules]],
         )
+
+    def _there(self, gain: np.ndarray) -> np.ndarray:
+        return self.marks < gain.astype(np.float32)[self.mark_gene]
+
+    @cached_property
+    def _base_sums(self) -> np.ndarray:
+        return np.bincount(self.cell, self.base, self.num_cells)
+
+    @cached_property
+    def _mark_cell(self) -> np.ndarray:
+        return self.cell[self.entry]
+
+
+def sums_between(start: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sums (B,) of values[start[b] : start[b + 1]], float64."""
+    held = np.diff(start) > 0
+    sums = np.zeros(len(held))
+    if held.any():  # an empty slice would return the next one's first value
+        sums[held] = np.add.reduceat(values, start[:-1][held], dtype=np.float64)
+    return sums
 
 
 def reveal_marks(
     counts: sparse.csc_array,
     genes: np.ndarray,
-    rates: Callable[[np.ndarray], np.ndarray],
-    shape: np.ndarray,
-    amplitude: np.ndarray,
+    rates: CellRates,
     lower: np.ndarray,
     upper: np.ndarray,
     rng: np.random.Generator,
 ) -> MarkedCounts:
-    """Draw the marks that matter for gains between `lower` and `upper`.
-
-    Observed molecules are marked only for genes with lower < 1, else they stay; new ones are drawn only up to `upper`.
+    """Draw the marks of the molecules that matter for gains between `lower` and `upper`.
 
     Args:
         counts: (n, G) integer valued, with sorted indices.
         genes: (B,) columns to reveal.
-        rates: expected counts mu of given columns, transposed, (number of columns, n) float32.
-        shape: (G,) gamma shapes r, float32.
-        amplitude: (n,) float32, mean 1, of the cells' response beyond MAX_FOLD.
+        rates: those of the n cells.
         lower, upper: (G,) range of the gains.
         rng: source of all randomness.
     """
     num_cells = counts.shape[0]
-    held = counts[:, genes]
-    gene = np.repeat(np.arange(len(genes)), np.diff(held.indptr))
-    key = gene * num_cells + held.indices
-    count = held.data.astype(np.int32)
-    thinned = (lower[genes] < 1)[gene]
-    keys, marks = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    rising = np.flatnonzero(upper[genes] > 1)
-    size = max(1, DENSE_BLOCK // num_cells)
-    for block in (rising[first : first + size] for first in range(0, len(rising), size)):
-        columns = genes[block]
-        arrivals = _arrivals(held[:, block], rates(columns), shape[columns], amplitude, upper[columns], rng)
-        for row, cell, mark in arrivals:
-            keys.append(block[row] * num_cells + cell)
-            marks.append(mark)
-    new, new_marks = np.concatenate(keys), np.concatenate(marks)
-    order = np.argsort(new, kind="stable")
-    new, new_marks = new[order], new_marks[order]
+    start, cell, count = _columns(counts, genes)
+    gene = np.repeat(np.arange(len(genes)), np.diff(start))
+    low, high = lower[genes].astype(np.float32), upper[genes].astype(np.float32)
 
-    # merge the entries of the counts with those that only new molecules have
-    place = np.searchsorted(key, new)
-    absent = np.append(key, -1)[place] != new
-    absent[1:] &= new[1:] != new[:-1]
-    place = place[absent]
-    entries = np.insert(key, place, new[absent])
-    marked = np.insert(np.where(thinned, count, 0), place, 0)
-    observed = np.repeat(key[thinned], count[thinned])
-    marked += np.bincount(np.searchsorted(entries, new), minlength=len(entries)).astype(np.int32)
-    gene = entries // num_cells
+    thinned = np.flatnonzero((low < 1)[gene])
+    owner = np.repeat(thinned, count[thinned])  # of each molecule
+    mark, owner_gene = rng.random(len(owner), dtype=np.float32), gene[owner]
+    gone = np.flatnonzero(mark >= low[owner_gene])
+    base = count - np.bincount(owner[gone], minlength=len(count))
+    gone = gone[mark[gone] < high[owner_gene[gone]]]
+    owner, mark = owner[gone], mark[gone]
+
+    rising = np.flatnonzero(high > 1)
+    found = list(_arrivals(start, cell, count, rising, genes, rates, high, rng))
+    row, new_cell = (np.concatenate(x) for x in list(zip(*found, strict=True))[:2])
+    new_mark = np.concatenate([marks for *_, marks in found])
+    new_key = row * num_cells + new_cell
+    order = np.argsort(new_key)
+    row, new_cell, new_key, new_mark = (x[order] for x in (row, new_cell, new_key, new_mark))
+
+    # entries that only new molecules have are put between those of the counts
+    key = gene * num_cells + cell
+    place = np.searchsorted(key, new_key)
+    absent = np.append(key, -1)[place] != new_key
+    first = absent.copy()
+    first[1:] &= new_key[1:] != new_key[:-1]
+    new_entry = place + np.cumsum(first) - absent
+    ahead = np.cumsum(np.bincount(place[first], minlength=len(key) + 1))[:-1]
+    base = np.insert(base, place[first], 0)
+    always = new_mark < low[row]
+    base += np.bincount(new_entry[always], minlength=len(base))
     return MarkedCounts(
+        num_cells=num_cells,
         genes=genes,
-        gene_start=_delimit(np.bincount(gene, minlength=len(genes))),
-        cell=entries - gene * num_cells,
-        base=np.insert(np.where(thinned, 0, count), place, 0),
-        start=_delimit(marked),
-        marks=np.insert(
-            rng.random(len(observed), dtype=np.float32), np.searchsorted(observed, new), new_marks
-        ),
-        mark_gene=np.repeat(gene, marked),
+        gene_start=start + _delimit(np.bincount(row[first], minlength=len(genes))),
+        cell=np.insert(cell, place[first], new_cell[first]),
+        base=base,
+        entry=np.concatenate([owner + ahead[owner], new_entry[~always]]),
+        marks=np.concatenate([mark, new_mark[~always]]),
+        mark_gene=np.concatenate([gene[owner], row[~always]]),
     )
 
 
+def _columns(counts: sparse.csc_array, genes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Limits of the columns `genes` (B + 1,), cells and counts of their entries; neighbours are not copied."""
+    if len(genes) and genes[-1] - genes[0] == len(genes) - 1:
+        start = counts.indptr[genes[0] : genes[-1] + 2].astype(np.int64)
+        here = slice(start[0], start[-1])
+        return start - start[0], counts.indices[here], counts.data[here].astype(np.int64)
+    held = counts[:, genes]
+    return held.indptr.astype(np.int64), held.indices, held.data.astype(np.int64)
+
+
 def _arrivals(
-    counts: sparse.csc_array,
-    mean: np.ndarray,
-    shape: np.ndarray,
-    amplitude: np.ndarray,
+    start: np.ndarray,
+    cell: np.ndarray,
+    count: np.ndarray,
+    rising: np.ndarray,
+    genes: np.ndarray,
+    rates: CellRates,
     upper: np.ndarray,
     rng: np.random.Generator,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Genes, cells and marks of new molecules up to the gains `upper`, for counts (n, B) and rates (B, n)."""
-    own = (np.minimum(upper, MAX_FOLD) - 1).astype(np.float32)
-    odds = own[:, None] * mean / (mean + shape[:, None])
-    clusters = np.log1p(odds)
-    rate = shape[:, None] * clusters
-    gene = np.repeat(np.arange(len(own)), np.diff(counts.indptr))
-    rate[gene, counts.indices] += counts.data * clusters[gene, counts.indices]
-    row, cell = _clustered(rate, odds, rng)
-    yield row, cell, 1 + rng.random(len(row), dtype=np.float32) * own[row]
-    far = np.flatnonzero(upper > MAX_FOLD)
-    if len(far):
-        beyond = (upper[far] - MAX_FOLD).astype(np.float32)
-        odds = beyond[:, None] * (mean[far] * amplitude) / FLOOR_SHAPE
-        row, cell = _clustered(FLOOR_SHAPE * np.log1p(odds), odds, rng)
-        yield far[row], cell, MAX_FOLD + rng.random(len(row), dtype=np.float32) * beyond[row]
+    """Positions in `genes`, cells and marks of the new molecules of the genes at `rising`, up to the gains `upper`.
 
-
-def _clustered(rate: np.ndarray, odds: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of molecules: Poisson(rate) clusters of logarithmic size, p = odds / (1 + odds).
-
-    A cluster falls into a stride of cells first, then into a cell of it: partial sums of all rates would cost more
-    than all the rest.
+    Given y the own rate is Gamma(r + y), and counts with it are a sum of those of Gamma(r), the same for all cells but
+    for mu, and of Gamma(1) for each observed molecule.
     """
-    rows, columns = rate.shape
-    strides = np.zeros((rows, -(-columns // STRIDE), STRIDE), dtype=np.float32)
-    strides.reshape(rows, -1)[:, :columns] = rate
-    strides = strides.reshape(-1, STRIDE)
-    total = np.cumsum(strides @ np.ones(STRIDE, dtype=np.float32), dtype=np.float64)
-    # ordered uniforms without sorting: normalised partial sums of exponentials
-    gaps = np.cumsum(rng.standard_exponential(rng.poisson(total[-1]) + 1))
-    stride = np.searchsorted(total, gaps[:-1] * (total[-1] / gaps[-1]), side="right")
-    within = strides[stride] @ np.triu(np.ones((STRIDE, STRIDE), dtype=np.float32))
-    # a little below 1, so that rounding never reaches the end of a stride
-    level = rng.random((len(stride), 1), dtype=np.float32) * np.float32(1 - 1e-6) * within[:, -1:]
-    where = stride * STRIDE + (within <= level).sum(1)
-    row, column = np.divmod(where, strides.size // rows)
-    chance = odds[row, column].astype(np.float64)
-    size = rng.logseries(chance / (1 + chance))
-    return np.repeat(row, size), np.repeat(column, size)
+    columns, own = genes[rising], np.minimum(upper[rising], MAX_FOLD) - 1
+    shape = rates.shape[columns]
+    row, where = rates.points(own, columns, rng)  # more than clusters: r log(1 + odds) < (f - 1) mu
+    mean = rates.mean(where, columns[row])
+    odds = own[row] * mean / (mean + shape[row])
+    kept = rng.random(len(row), dtype=np.float32) * own[row] * mean < shape[row] * np.log1p(odds)
+    yield _molecules(rising, row[kept], where[kept], odds[kept], 1.0, own, rng)
+
+    last = np.cumsum(count)  # molecules up to each entry
+    bounds = np.append(0, last)[start]
+    held, before = np.diff(bounds)[rising], bounds[:-1][rising]
+    highest = rates.highest(columns)
+    most = np.log1p(own * highest / (highest + shape))
+    row = np.repeat(np.arange(len(rising)), rng.poisson(most * held))
+    molecule = np.sort(
+        before[row] + (rng.random(len(row)) * held[row]).astype(np.int64)
+    )  # rows stay in order
+    where = cell[np.searchsorted(last, molecule, side="right")]
+    mean = rates.mean(where, columns[row])
+    odds = own[row] * mean / (mean + shape[row])
+    kept = rng.random(len(row), dtype=np.float32) * most[row] < np.log1p(odds)
+    yield _molecules(rising, row[kept], where[kept], odds[kept], 1.0, own, rng)
+
+    rising = rising[upper[rising] > MAX_FOLD]
+    if not len(rising):
+        return
+    columns, beyond = genes[rising], upper[rising] - np.float32(MAX_FOLD)
+    row, where = rates.points(beyond, columns, rng, amplified=True)
+    odds = beyond[row] * rates.mean(where, columns[row]) * rates.amplitude[where] / FLOOR_SHAPE
+    kept = rng.random(len(row), dtype=np.float32) * odds < np.log1p(odds)
+    yield _molecules(rising, row[kept], where[kept], odds[kept], MAX_FOLD, beyond, rng)
+
+
+def _molecules(
+    rising: np.ndarray,
+    row: np.ndarray,
+    cell: np.ndarray,
+    odds: np.ndarray,
+    first: float,
+    width: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clusters as molecules: logarithmic numbers, p = odds / (1 + odds), with uniform marks in [first, first + width)."""
+    odds = odds.astype(np.float64)
+    size = rng.logseries(odds / (1 + odds))
+    row, cell = np.repeat(row, size), np.repeat(cell, size)
+    marks = np.float32(first) + rng.random(len(row), dtype=np.float32) * width[row].astype(np.float32)
+    return rising[row], cell, marks
 
 
 def _delimit(sizes: np.ndarray) -> np.ndarray:

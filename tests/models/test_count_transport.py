@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from hilbertcell.models import count_transport
+from hilbertcell.models import count_transport, gain_solver
 from hilbertcell.models.count_transport import natural_mean, transport_counts
 from hilbertcell.models.expression_state import fit_expression_state
-from hilbertcell.models.gain_solver import LIBRARY_SLACK, TOLERANCE
+from hilbertcell.models.gain_solver import LIBRARY_SLACK, PILOT_CELLS, TOLERANCE
 
 GENES = 60
 FOLD = np.ones(GENES)
@@ -127,6 +127,45 @@ def test_same_generator_same_bits_on_any_number_of_threads(control, perturbed, m
     np.testing.assert_array_equal(again[0].toarray(), moved[0].toarray())
     other = transport_counts(control, row_sums(control), target, 1.2, np.random.default_rng(4))
     assert (other[0] != moved[0]).nnz > 0
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Cells enough for a pilot: counts and their library sizes."""
+    counts = cells(3 * PILOT_CELLS, depth=60.0, seed=20)
+    return counts, row_sums(counts)
+
+
+def test_many_cells_meet_the_target_after_a_pilot(many, monkeypatch):
+    """Ranges of the gains are those of the pilot; where they are too narrow, marks are drawn anew."""
+    truth = cells(3 * PILOT_CELLS, FOLD, depth=70.0, seed=21)
+    target = natural_mean(truth, row_sums(truth))
+    for least in (None, 0.0):
+        if least is not None:  # a pilot that is sure of itself
+            monkeypatch.setattr(gain_solver, "_width", lambda gain, molecules, _: np.ones_like(gain))
+        counts, library = transport_counts(*many, target, 70 / 60, np.random.default_rng(0))
+        assert matched(counts, library, target).all()
+        np.testing.assert_array_equal(row_sums(counts), library)
+        x, true = natural(counts, library), natural(truth, row_sums(truth))
+        assert (np.abs((x == 0).mean(0) - (true == 0).mean(0)) < 5 * np.sqrt(0.5 / len(x))).all()
+        falling = FOLD * 70 / 60 < 0.9
+        assert (counts.toarray()[:, falling] <= many[0].toarray()[:, falling]).all()
+
+
+def test_many_cells_at_the_target_come_back_bit_for_bit(many):
+    counts, library = transport_counts(*many, natural_mean(*many), 1.0, np.random.default_rng(0))
+    assert (counts != many[0]).nnz == 0
+    np.testing.assert_array_equal(library, many[1])
+
+
+def test_many_cells_give_the_same_bits_on_any_number_of_threads(many, monkeypatch):
+    monkeypatch.setattr(gain_solver, "CHUNK_ENTRIES", 1 << 12)
+    target = natural_mean(*many) * np.linspace(0.7, 1.3, GENES)
+    moved = []
+    for threads in (1, 3):
+        monkeypatch.setattr(count_transport, "NUM_THREADS", threads)
+        moved.append(transport_counts(*many, target, 1.0, np.random.default_rng(1)))
+    assert (moved[0][0] != moved[1][0]).nnz == 0
 
 
 def test_genes_absent_from_controls_get_a_floor_in_most_cells():
