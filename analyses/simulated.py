@@ -13,6 +13,7 @@ import scipy.sparse
 from hilbertcell.models.simulator import (
     CONTROL,
     SimulatorSettings,
+    World,
     cells,
     draw_environments,
     draw_world,
@@ -35,7 +36,7 @@ def simulate(seed: int = 0, settings: SimulatorSettings | None = None) -> anndat
     """
     settings = settings or SimulatorSettings()
     keys = jax.random.split(jax.random.key(seed), 4)
-    world = draw_world(keys[0], settings)
+    world = simulated_world(seed, settings)
     environments = draw_environments(keys[1], settings, settings.num_batches)
     table = _populations_table(settings)
     codes = (
@@ -80,6 +81,11 @@ def simulate(seed: int = 0, settings: SimulatorSettings | None = None) -> anndat
         "seed": int(seed),
     }
     return result
+
+
+def simulated_world(seed: int, settings: SimulatorSettings) -> World:
+    """The world behind `simulate(seed, settings)`: what an oracle may know."""
+    return draw_world(jax.random.split(jax.random.key(seed), 4)[0], settings)
 
 
 def _populations_table(settings: SimulatorSettings) -> pd.DataFrame:

@@ -3,23 +3,24 @@
 Adam moves every unknown by about its learning rate a step, so what can be read off the table is not left to it.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from hilbertcell.inference.fit import Fit
 
 # Moment estimates of a variance over few batches can be zero; scales start within these, in units of a feature.
 _SCALE_RANGE = (0.02, 1.0)
 
 
-def starting_values(fit: "Fit") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Starting values of sites, and starting sds of the feature sites: about what their posterior will be."""
-    observations = fit.table.observations
-    num_contexts, num_conditions = len(fit.names.contexts), len(fit.names.conditions)
-    num_features = fit.feature_map.num_features
-    mean, noise = observations.mean, observations.noise
+def starting_values(args: tuple[Any, ...], seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Starting values of sites, and starting sds of the feature sites: about what their posterior will be.
+
+    `args` are those of `hidden_factor_program`, observed means included.
+    """
+    layout, kernels, strength_level, block, num_factors, means = args
+    observations = layout._replace(**{name: np.asarray(value) for name, value in layout._asdict().items()})
+    mean, noise = np.asarray(means), observations.noise
+    num_contexts, num_conditions = mean.shape[1] - observations.condition.shape[1], kernels.shape[1]
+    num_features, num_levels = mean.shape[-1], int(strength_level.max()) + 1
     seen = observations.observed[..., None]
     controls, has_control = mean[:, :num_contexts], seen[:, :num_contexts]
     count = has_control.sum(0)
@@ -43,7 +44,6 @@ def starting_values(fit: "Fit") -> tuple[dict[str, np.ndarray], dict[str, np.nda
     magnitude = np.clip(np.sqrt((effect**2).mean(0)), *_SCALE_RANGE)
 
     log_scales = np.log(np.stack([baseline, spread, magnitude], axis=1))
-    block = fit.program_args[3]
     blocks = range(int(block.max()) + 1)
     log_mean = np.stack([log_scales[block == k].mean(0) for k in blocks])
     log_sd = np.maximum(np.stack([log_scales[block == k].std(0) for k in blocks]), 0.3)
@@ -56,16 +56,18 @@ def starting_values(fit: "Fit") -> tuple[dict[str, np.ndarray], dict[str, np.nda
         "log_scale_mean": log_mean,
         "log_scale_sd": log_sd,
         "unit_scale": unit_scale,
-        "effect_amplitude": np.full(fit.program_args[1].shape[0], 0.7),
+        "effect_amplitude": np.full(kernels.shape[0], 0.7),
         "batch_ratio": np.full(len(blocks), 0.5),
         "slope_mean": np.zeros(len(blocks)),
         "slope_sd": np.full(len(blocks), 0.2),
         "context_sd": np.full((len(blocks), 2), 0.3),
         "context_unit": np.zeros((len(blocks), 2, num_contexts)),
-        "strength": np.ones(len(fit.names.levels)),
-        "factor_ratio": np.full((len(blocks), 2, fit.num_factors), 0.5),
+        "strength": np.ones(num_levels),
+        "factor_ratio": np.full((len(blocks), 2, num_factors), 0.5),
+        "modulation_ratio": np.full((len(blocks), num_factors), 0.2),
+        "modulation": np.zeros((num_features, num_levels, num_factors)),
         # Zero loadings are a saddle point.
-        "loading": 0.3 * np.random.default_rng(fit.seed).standard_normal((num_features, 2, fit.num_factors)),
+        "loading": 0.3 * np.random.default_rng(seed).standard_normal((num_features, 2, num_factors)),
     }
     alpha_sd = baseline[:, None] / np.sqrt(np.maximum(count, 1)).T
     effect_sd = spread[:, None] / np.sqrt(times).T
@@ -74,7 +76,8 @@ def starting_values(fit: "Fit") -> tuple[dict[str, np.ndarray], dict[str, np.nda
         "effect": effect_sd,
         "unit_scale": np.full((num_features, 4), 0.5),
         "slope": np.full(num_features, 0.2),
-        "loading": np.full((num_features, 2, fit.num_factors), 0.5),
+        "loading": np.full((num_features, 2, num_factors), 0.5),
+        "modulation": np.full((num_features, num_levels, num_factors), 0.5),
     }
 
 

@@ -36,7 +36,8 @@ def similarity_kernels(conditions: Conditions) -> dict[str, np.ndarray]:
     """Kernels (E, E) by which conditions resemble one another; only those that the conditions can tell apart.
 
     `perturbation`: shared components, in any context. `context`: same context, any perturbation. `interaction`:
-    shared components in the same context. `combination`: the same set of components (departure from additivity).
+    shared components in the same context. `combination`: the same set of several components (departure from
+    additivity), and `combination in context` what of it belongs to one context.
     `features`: linear in the perturbation features. `dose`: shared components at nearby doses.
     """
     context = conditions.context[:, None] == conditions.context[None, :]
@@ -50,7 +51,10 @@ def similarity_kernels(conditions: Conditions) -> dict[str, np.ndarray]:
     if several_contexts and several_perturbations:
         kernels["context"] = context.astype(float)
     if conditions.components.sum(1).max() > 1:
-        kernels["combination"] = same.astype(float)
+        several = conditions.components.sum(1) > 1
+        kernels["combination"] = (same & several).astype(float)
+        if several_contexts:
+            kernels["combination in context"] = (same & several & context).astype(float)
     if conditions.features is not None:
         kernels["features"] = conditions.features @ conditions.features.T / conditions.features.shape[1]
     log_dose = np.log10(conditions.dose)

@@ -9,6 +9,10 @@ from jax import Array
 from hilbertcell.models.effects import ConditionEffects, kernel_cholesky
 from hilbertcell.models.microenvironment import Globals, Observations, PopulationMeans
 
+# Own loadings of so many (perturbation, dose, factor) keep their posterior correlations in the guide's block of 64
+# unknowns; in larger screens they would cost six times the rest of the likelihood (measured at 100 conditions).
+_MAX_MODULATIONS = 64
+
 
 def hidden_factor_program(
     layout: Observations,
@@ -55,6 +59,12 @@ def hidden_factor_program(
         factor_ratio = numpyro.sample(
             "factor_ratio", dist.HalfNormal(jnp.ones((blocks, 2, num_factors))).to_event(3)
         )[feature_block]
+    # With one level its own loadings are those of all.
+    several = num_factors > 0 and num_levels > 1 and num_levels * num_factors <= _MAX_MODULATIONS
+    if several:
+        modulation_ratio = numpyro.sample(
+            "modulation_ratio", dist.HalfNormal(jnp.full((blocks, num_factors), 0.5)).to_event(2)
+        )[feature_block]
     context_log_ratio = jnp.zeros((num_features, 2, num_contexts))
     if num_contexts > 1:
         context_sd = numpyro.sample("context_sd", dist.HalfNormal(jnp.full((blocks, 2), 0.5)).to_event(2))
@@ -81,6 +91,10 @@ def hidden_factor_program(
             unit_loading = numpyro.sample(
                 "loading", dist.Normal(jnp.zeros((2, num_factors)), 1.0).to_event(2)
             )
+        if several:
+            unit_modulation = numpyro.sample(
+                "modulation", dist.Normal(jnp.zeros((num_levels, num_factors)), 1.0).to_event(2)
+            )
     context_ratio = jnp.exp(context_log_ratio)
     baseline = (scales[:, :1] * context_ratio[:, 0]).T
     response = (scales[:, 1:2] * context_ratio[:, 1]).T
@@ -88,6 +102,11 @@ def hidden_factor_program(
         loading = unit_loading * factor_ratio * scales[:, :2, None]
     else:
         loading = jnp.zeros((num_features, 2, 0))
+    modulation = modulation_scale = None
+    if several:
+        modulation_scale = (modulation_ratio * scales[:, 1, None]).T
+        modulation = jnp.moveaxis(unit_modulation, -1, 0) * modulation_scale[..., None]  # (K, D, levels)
+        modulation = jnp.swapaxes(modulation, 1, 2)[:, strength_level]
     globals_ = Globals(
         alpha=alpha.T,
         effect=effect.T,
@@ -99,6 +118,8 @@ def hidden_factor_program(
         baseline_scale=baseline,
         response_scale=response,
         batch_scale=batch_ratio * batch_unit * scales[:, 1],
+        modulation=modulation,
+        modulation_scale=modulation_scale,
     )
     with numpyro.plate("batch", layout.mean.shape[0]):
         numpyro.sample("response", PopulationMeans(globals_, layout), obs=means)

@@ -7,19 +7,21 @@ Generative process of one batch with microenvironment `u`, per feature `g` (math
     x_cg ~ N(Gamma_g . u, baseline_scale_g^2)  deviation of the control mean of context c from alpha_cg
     control mean    = alpha_cg + x_cg
     perturbed mean  = alpha_cg + x_cg + effect_jg
-                      + s_j (slope_g x_cg + d_g + Lambda_g . u) + N(0, (s_j response_scale_g)^2)
+                      + s_j (slope_g x_cg + d_g + Lambda_jg . u) + N(0, (s_j response_scale_g)^2)
     observed mean   = mean + N(0, noise variance / n)
 
-`s_j >= 0` is the strength of the condition: a null perturbation (`s = 0`) transmits nothing of the batch.
-Given the globals everything is linear and Gaussian. Per feature the batch enters only through two scalars,
-`rho = d + Lambda.u` and `kappa = Gamma.u`; eliminating `x_c` and `d` leaves a 3 x 3 quadratic form in
-`(1, rho, kappa)`, and summing these over features a K x K system for `u`. Cost: O(populations x features).
+`s_j >= 0` is the strength of the condition: a null perturbation (`s = 0`) transmits nothing of the batch; and
+`Lambda_j` is a loading of all responses plus what is particular to the condition. Given the globals everything is
+linear and Gaussian. Per feature, eliminating `x_c` leaves a quadratic form in `(1, d, u)`, eliminating `d` one in
+`(1, u)`, and summing these over features a K x K system for `u`. Cost: O(populations x features x K^2).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from jax.scipy.linalg import cho_solve, solve_triangular
@@ -37,10 +39,19 @@ class Globals(NamedTuple):
     strength: Array  # (E,) how much of the batch a condition transmits, >= 0
     slope: Array  # (D,) change of the response per unit of own-baseline deviation
     baseline_loading: Array  # (D, K) Gamma
-    response_loading: Array  # (D, K) Lambda
+    response_loading: Array  # (D, K) Lambda, common to all conditions
     baseline_scale: Array  # (C, D) sd of a control mean around alpha + Gamma u
     response_scale: Array  # (C, D) sd of a response of unit strength around its mean
     batch_scale: Array  # (D,) sd of d
+    modulation: Array | None = None  # (K, E, D) what a condition adds to Lambda; None: nothing
+    modulation_scale: Array | None = None  # (K, D) its prior sd, for (perturbation, dose) never seen
+
+    def shared_response(self, condition: Array, u: Array) -> Array:
+        """Responses (J, D) of conditions (J,) to the microenvironment u (K,), for unit strength: Lambda_j . u."""
+        common = self.response_loading @ u
+        if self.modulation is None:
+            return jnp.broadcast_to(common, (*condition.shape, *common.shape))
+        return common + jnp.einsum("k,kjd->jd", u, self.modulation[:, condition])
 
 
 class Observations(NamedTuple):
@@ -60,14 +71,13 @@ class Observations(NamedTuple):
 class _Form(NamedTuple):
     """Quadratic form of one batch after eliminating `x` (and what is needed to draw `x` back)."""
 
-    precision: Array  # (C, D) of x given rho, kappa
-    b_one: Array  # (C, D) x = (b_one + b_rho rho + prior kappa) / precision
-    b_rho: Array  # (C, D)
-    prior: Array  # (C, D)
-    n_one_rho: Array  # (D,) entries of the form before d is eliminated
-    n_rho_rho: Array
-    n_rho_kappa: Array
-    gain: Array  # (D,) posterior variance of d given rho, kappa
+    precision: Array  # (C, D) of x given d, u
+    b_one: Array  # (C, D) x = (b_one + b_d d + b_u . u) / precision
+    b_d: Array  # (C, D)
+    b_u: Array  # (C, D, K)
+    n_one_d: Array  # (D,) entries of the form before d is eliminated
+    n_d_u: Array  # (D, K)
+    gain: Array  # (D,) posterior variance of d given u
     u_mean: Array  # (K,)
     u_chol: Array  # (K, K) lower Cholesky factor of the posterior precision of u
     log_density: Array  # ()
@@ -87,53 +97,89 @@ def _eliminate(globals_: Globals, batch: Observations) -> _Form:
     control_weight = control_mask / batch.noise[:num_contexts]
     prior = globals_.baseline_scale**-2
 
+    in_context = jax.nn.one_hot(batch.context, num_contexts, axis=0, dtype=batch.mean.dtype)
+
     def per_context(values: Array) -> Array:
-        return jax.ops.segment_sum(values, batch.context, num_contexts)
+        return in_context @ values  # a product: scattered sums are slow
 
     precision = prior + control_weight + per_context(weight * own**2)
     b_one = control_weight * deviation + per_context(weight * own * residual)
-    b_rho = -per_context(weight * own * strength)
+    b_d = -per_context(weight * own * strength)
     n_one = (
         (control_weight * deviation**2).sum(0) + (weight * residual**2).sum(0) - (b_one**2 / precision).sum(0)
     )
-    n_one_rho = -(weight * residual * strength).sum(0) - (b_one * b_rho / precision).sum(0)
-    n_rho_rho = (weight * strength**2).sum(0) - (b_rho**2 / precision).sum(0)
-    n_one_kappa = -(b_one * prior / precision).sum(0)
-    n_rho_kappa = -(b_rho * prior / precision).sum(0)
-    n_kappa = (prior * (precision - prior) / precision).sum(0)
-
-    # d adds to rho with prior precision batch_scale^-2; its Schur complement, written so that scale 0 is legal.
-    gain = globals_.batch_scale**2 / (1.0 + n_rho_rho * globals_.batch_scale**2)
+    n_one_d = -(weight * residual * strength).sum(0) - (b_one * b_d / precision).sum(0)
+    n_d = (weight * strength**2).sum(0) - (b_d**2 / precision).sum(0)
+    # u acts through d + Lambda.u and the mean Gamma.u of x, the same for all slots
     gamma, lam = globals_.baseline_loading, globals_.response_loading
-    u_precision = (
-        jnp.eye(gamma.shape[1], dtype=gamma.dtype)
-        + jnp.einsum("d,dk,dl->kl", n_rho_rho - gain * n_rho_rho**2, lam, lam)
-        + jnp.einsum("d,dk,dl->kl", n_kappa - gain * n_rho_kappa**2, gamma, gamma)
+    n_one_x = -(b_one * prior / precision).sum(0)
+    n_d_x = -(b_d * prior / precision).sum(0)
+    n_x = (prior * (precision - prior) / precision).sum(0)
+    b_u = prior[..., None] * gamma + b_d[..., None] * lam
+    n_one_u = n_one_d[:, None] * lam + n_one_x[:, None] * gamma
+    n_d_u = n_d[:, None] * lam + n_d_x[:, None] * gamma
+    cross = jnp.einsum("d,dk,dl->kl", n_d_x, lam, gamma)
+    n_u = (
+        jnp.einsum("d,dk,dl->kl", n_d, lam, lam)
+        + jnp.einsum("d,dk,dl->kl", n_x, gamma, gamma)
+        + cross
+        + cross.T
     )
-    cross = jnp.einsum("d,dk,dl->kl", n_rho_kappa - gain * n_rho_rho * n_rho_kappa, lam, gamma)
-    u_chol = jnp.linalg.cholesky(u_precision + cross + cross.T)
-    linear = -(
-        (n_one_rho - gain * n_one_rho * n_rho_rho) @ lam
-        + (n_one_kappa - gain * n_one_rho * n_rho_kappa) @ gamma
-    )
+    if globals_.modulation is not None:  # and through what is particular to the condition of a slot
+        own_load = (
+            strength * globals_.modulation[:, batch.condition]
+        )  # (K, J, D): features last, or it is slow
+        loaded = weight * own_load
+        b_own = -jnp.einsum("cj,kjd->cdk", in_context, own * loaded)
+        own_d = (strength * loaded).sum(1).T - (b_d[..., None] * b_own / precision[..., None]).sum(0)
+        own_x = -(prior[..., None] * b_own / precision[..., None]).sum(0)
+        b_u = b_u + b_own
+        n_one_u = (
+            n_one_u - (residual * loaded).sum(1).T - (b_one[..., None] * b_own / precision[..., None]).sum(0)
+        )
+        n_d_u = n_d_u + own_d
+        cross = own_d.T @ lam + own_x.T @ gamma
+        n_u = n_u + cross + cross.T + jnp.einsum("kjd,ljd->kl", loaded, own_load)
+        n_u = n_u - jnp.einsum("cdk,cdl->kl", b_own / precision[..., None], b_own)
+
+    # d has prior precision batch_scale^-2; its Schur complement, written so that scale 0 is legal.
+    gain = globals_.batch_scale**2 / (1.0 + n_d * globals_.batch_scale**2)
+    u_precision = jnp.eye(gamma.shape[1], dtype=gamma.dtype) + n_u
+    u_precision = u_precision - jnp.einsum("d,dk,dl->kl", gain, n_d_u, n_d_u)
+    u_chol = jnp.linalg.cholesky(u_precision)
+    linear = -(n_one_u - (gain * n_one_d)[:, None] * n_d_u).sum(0)
     u_mean = cho_solve((u_chol, True), linear)
     log_determinant = (
         jnp.log(precision / prior).sum()
-        + jnp.log1p(n_rho_rho * globals_.batch_scale**2).sum()
+        + jnp.log1p(n_d * globals_.batch_scale**2).sum()
         + 2.0 * jnp.log(jnp.diagonal(u_chol)).sum()
         + (mask * (jnp.log(variance) + _LOG_2PI)).sum()
         + (control_mask * (jnp.log(batch.noise[:num_contexts]) + _LOG_2PI)).sum()
     )
-    square = (n_one - gain * n_one_rho**2).sum() - linear @ u_mean
+    square = (n_one - gain * n_one_d**2).sum() - linear @ u_mean
     return _Form(
-        precision, b_one, b_rho, prior, n_one_rho, n_rho_rho, n_rho_kappa, gain,
-        u_mean, u_chol, -0.5 * (square + log_determinant),
-    )  # fmt: skip
+        precision, b_one, b_d, b_u, n_one_d, n_d_u, gain, u_mean, u_chol, -0.5 * (square + log_determinant)
+    )
 
 
 def log_density(globals_: Globals, batch: Observations) -> Array:
     """Collapsed log density of the observed means of one batch, a scalar."""
     return _eliminate(globals_, batch).log_density
+
+
+def extend_modulation(key: Array, globals_: Globals, level: np.ndarray, num_known: int) -> Array | None:
+    """Modulations (K, E', D) of conditions of which the first `num_known` are those of `globals_`.
+
+    `level` (E',) says which conditions share one; a level never seen is drawn from its prior.
+    """
+    if globals_.modulation is None or globals_.modulation_scale is None:
+        return None
+    num_factors, num_features = globals_.modulation_scale.shape
+    white = jax.random.normal(
+        key, (num_factors, int(level.max()) + 1, num_features), globals_.modulation.dtype
+    )
+    by_level = globals_.modulation_scale[:, None] * white
+    return by_level.at[:, level[:num_known]].set(globals_.modulation)[:, level]
 
 
 class Latents(NamedTuple):
@@ -151,11 +197,9 @@ def draw_latents(key: Array, globals_: Globals, batch: Observations) -> Latents:
     dtype = globals_.alpha.dtype
     noise = jax.random.normal(key_u, form.u_mean.shape, dtype)
     u = form.u_mean + solve_triangular(form.u_chol.T, noise, lower=False)
-    kappa, rho = globals_.baseline_loading @ u, globals_.response_loading @ u
-    shift = form.n_one_rho + form.n_rho_rho * rho + form.n_rho_kappa * kappa
-    d = -form.gain * shift + jnp.sqrt(form.gain) * jax.random.normal(key_d, rho.shape, dtype)
-    rho = rho + d
-    x = (form.b_one + form.b_rho * rho + form.prior * kappa) / form.precision
+    d = -form.gain * (form.n_one_d + form.n_d_u @ u)
+    d = d + jnp.sqrt(form.gain) * jax.random.normal(key_d, d.shape, dtype)
+    x = (form.b_one + form.b_d * d + form.b_u @ u) / form.precision
     x = x + jax.random.normal(key_x, x.shape, dtype) / jnp.sqrt(form.precision)
     return Latents(u, d, globals_.alpha + x)
 
@@ -181,7 +225,7 @@ def draw_response(
     """
     strength = globals_.strength[condition][:, None]
     x = latents.control_mean[context] - globals_.alpha[context]
-    common = latents.batch_effect + globals_.response_loading @ latents.microenvironment
+    common = latents.batch_effect + globals_.shared_response(condition, latents.microenvironment)
     mean = (
         latents.control_mean[context] + globals_.effect[condition] + strength * (globals_.slope * x + common)
     )
@@ -227,7 +271,7 @@ class PopulationMeans(dist.Distribution):
 
     def log_prob(self, value: Array) -> Array:
         """Collapsed log density per batch, (B,)."""
-        density = log_density
-        for _ in self.batch_shape:
-            density = jax.vmap(density, in_axes=(None, 0))
-        return density(self.globals_, self.layout._replace(mean=value))
+        density = partial(log_density, self.globals_)
+        for _ in self.batch_shape:  # batch by batch, forgetting what gradients need: it stays in the cache
+            density = partial(jax.lax.map, jax.checkpoint(density))
+        return density(self.layout._replace(mean=value))

@@ -29,6 +29,7 @@ import numpyro.distributions as dist
 from numpyro.handlers import seed as seeded
 
 CONTROL = "control"
+MODES = (-0.95, 0.95)  # of the first coordinate of a bimodal microenvironment, whose variance stays 1
 
 
 def _compiled(*static: int) -> Callable:
@@ -41,7 +42,7 @@ class SimulatorSettings:
     """What kind of world is drawn. Scales are standard deviations of natural-log rates unless said otherwise.
 
     The law over populations is Gaussian on the log-rate scale when `mixed_responders` and `bimodal_environment` are
-    both off. With `controls_blind` the controls carry no trace of the microenvironment, which then acts on responses
+    both off (`gaussian_law`). With `controls_blind` the controls carry no trace of the microenvironment, which then acts on responses
     only. Raises ValueError for an inert perturbation or a combination that names a perturbation that is not listed.
     """
 
@@ -94,6 +95,11 @@ class SimulatorSettings:
                 f"inert or combinations name {', '.join(unknown)}, but perturbations are "
                 f"{', '.join(self.perturbations)}: add them there"
             )
+
+    @property
+    def gaussian_law(self) -> bool:
+        """Whether log rates are Gaussian over batches: every cell responds, and the microenvironment has one mode."""
+        return not (self.mixed_responders or self.bimodal_environment)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -214,9 +220,8 @@ def environments(settings: SimulatorSettings, num_batches: int) -> Environments:
     C, T, K, G = len(s.contexts), len(s.labels), s.num_factors, s.num_genes
     law = dist.Normal(jnp.zeros(K), 1.0).to_event(1)
     if s.bimodal_environment:
-        # Two sharp modes at -0.95 and 0.95 of the first coordinate, whose variance stays 1.
-        modes = jnp.zeros((2, K)).at[:, 0].set(jnp.array([-0.95, 0.95]))
-        width = jnp.ones((2, K)).at[:, 0].set(np.sqrt(1 - 0.95**2))
+        modes = jnp.zeros((2, K)).at[:, 0].set(jnp.array(MODES))
+        width = jnp.ones((2, K)).at[:, 0].set(np.sqrt(1 - MODES[1] ** 2))
         law = dist.MixtureSameFamily(
             dist.Categorical(jnp.full(2, 0.5)), dist.Normal(modes, width).to_event(1)
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from hilbertcell.analyses.simulated import simulate
+from hilbertcell.analyses.simulated import simulate, simulated_world
 from hilbertcell.models.simulator import SimulatorSettings
 
 SMALL = SimulatorSettings(
@@ -73,3 +73,8 @@ def test_same_seed_same_bits_and_no_dose_column_without_doses():
     np.testing.assert_array_equal(one.uns["truth"]["mean"], again.uns["truth"]["mean"])
     assert other.n_obs != one.n_obs or (one.X != other.X).nnz > 0
     assert np.abs(other.uns["truth"]["microenvironment"] - one.uns["truth"]["microenvironment"]).min() > 0
+
+
+def test_the_world_behind_a_simulation_can_be_had_without_its_cells(small):
+    np.testing.assert_array_equal(simulated_world(1, SMALL).features, small.uns["truth"]["features"])
+    assert (np.asarray(simulated_world(2, SMALL).features) != small.uns["truth"]["features"]).all()

@@ -34,6 +34,10 @@ A, B, AB = [1, 0], [0, 1], [1, 1]
         (conditions([0, 0], [A, B]), {"perturbation"}),
         (conditions([0, 1, 0], [A, A, B]), {"perturbation", "interaction", "context"}),
         (conditions([0, 0, 0], [A, B, AB]), {"perturbation", "combination"}),
+        (
+            conditions([0, 0, 0, 1, 1, 1], [A, B, AB, A, B, AB]),
+            {"perturbation", "interaction", "context", "combination", "combination in context"},
+        ),
         (conditions([0, 0], [A, A], dose=[1.0, 10.0]), {"perturbation", "dose"}),
         (conditions([0, 0], [A, B], features=np.eye(2)), {"perturbation", "features"}),
     ],
@@ -43,6 +47,12 @@ def test_only_kernels_that_the_conditions_can_tell_apart(structure, names):
     assert set(kernels) == names
     for kernel in kernels.values():
         assert np.linalg.eigvalsh(kernel).min() > -1e-12
+
+
+def test_what_a_combination_adds_differs_between_contexts_and_single_perturbations_add_nothing():
+    kernels = similarity_kernels(conditions([0, 0, 0, 1], [A, B, AB, AB]))
+    np.testing.assert_array_equal(kernels["combination"], np.kron(np.diag([0, 1]), np.ones((2, 2))))
+    np.testing.assert_array_equal(kernels["combination in context"], np.diag([0.0, 0.0, 1.0, 1.0]))
 
 
 def test_a_combination_adds_its_components_and_doses_near_each_other_agree():

@@ -12,6 +12,7 @@ from hilbertcell.models.microenvironment import (
     PopulationMeans,
     draw_latents,
     draw_response,
+    extend_modulation,
     log_density,
 )
 
@@ -41,6 +42,8 @@ def make(seed: int = 0, hidden: tuple[int, ...] = (), num_factors: int = K) -> t
         baseline_scale=positive(C, D),
         response_scale=positive(C, D),
         batch_scale=positive(D),
+        modulation=0.5 * rng.standard_normal((num_factors, E, D)),
+        modulation_scale=positive(num_factors, D),
     )
     observed = np.ones(C + J, bool)
     observed[list(hidden)] = False
@@ -82,7 +85,7 @@ def dense(globals_: Globals, batch: Observations) -> tuple[np.ndarray, np.ndarra
         c, e = b.context[j], b.condition[j]
         s = g.strength[e]
         for f in range(D):
-            shared = d[f] + g.response_loading[f] @ u
+            shared = d[f] + (g.response_loading[f] + g.modulation[:, e, f]) @ u
             residual = g.response_scale[c, f] * unit("e", j * D + f)
             perturbed[j, f] = x[c, f] + s * (g.slope[f] * x[c, f] + shared + residual)
         mean_perturbed[j] = g.alpha[c] + g.effect[e]
@@ -166,3 +169,24 @@ def test_a_null_perturbation_transmits_nothing_of_the_batch():
     null = jnp.array([2])
     response = draw_response(jax.random.key(1), globals_, latents, null, jnp.array([1]), None)
     np.testing.assert_allclose(response[0], latents.control_mean[1] + globals_.effect[2], rtol=1e-12)
+
+
+def test_a_condition_never_seen_shares_the_modulation_of_its_level_or_draws_one():
+    globals_, _ = make(6)
+    level = np.array([0, 1, 2, 3, 4, 5, 1, 6, 6])  # one more condition of level 1, two of a level never seen
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = np.asarray(jax.vmap(lambda key: extend_modulation(key, globals_, level, E))(keys))
+    np.testing.assert_array_equal(drawn[:, :, :E], np.broadcast_to(globals_.modulation, (4000, K, E, D)))
+    np.testing.assert_array_equal(drawn[:, :, 6], drawn[:, :, 1])
+    np.testing.assert_array_equal(drawn[:, :, 7], drawn[:, :, 8])
+    ratio = drawn[:, :, 7].std(0) / np.asarray(globals_.modulation_scale)
+    assert np.abs(ratio - 1).max() < 4.5 / np.sqrt(2 * 4000)
+    assert extend_modulation(keys[0], globals_._replace(modulation=None), level, E) is None
+
+
+def test_without_modulations_all_conditions_load_alike():
+    globals_, batch = make(7)
+    none = globals_._replace(modulation=None)
+    zero = globals_._replace(modulation=jnp.zeros((K, E, D)))
+    assert float(log_density(none, batch)) == pytest.approx(float(log_density(zero, batch)), rel=1e-12)
+    assert float(log_density(none, batch)) != pytest.approx(float(log_density(globals_, batch)), rel=1e-3)

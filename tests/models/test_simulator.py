@@ -137,6 +137,9 @@ def test_features_explain_effects_as_far_as_their_share_says(small_world):
 
 
 def test_the_gaussian_law_is_gaussian_and_the_bimodal_one_is_not(small_world, many_environments):
+    assert SMALL.gaussian_law
+    assert not SimulatorSettings().gaussian_law
+    assert not replace(SMALL, bimodal_environment=True).gaussian_law
     rates = rates_of(SMALL, small_world, many_environments, "A")
     assert (np.asarray(rates.fraction) == 1).all()
     latent = np.asarray(rates.control + rates.shift, np.float64)
