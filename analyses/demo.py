@@ -12,7 +12,6 @@ from hilbertcell.analyses.inspection import print_summary
 from hilbertcell.analyses.report import report
 from hilbertcell.analyses.scores_table import print_scores
 from hilbertcell.analyses.simulated import simulate
-from hilbertcell.data.draws_io import write_draws
 from hilbertcell.data.splits import make_split
 from hilbertcell.inference.fit import fit
 
@@ -63,8 +62,9 @@ def run_demo(file: Path | None, keys: KeyOptions | None, out: Path) -> None:
             f"predict {out}/fit {shown} --targets {out}/targets.csv --out {out}/draws.nc"
             f" --cells {out}/predicted.h5ad --cells-per-population {half}",
         )
-        draws = fitted.predict(given, targets=targets[TARGET_COLUMNS], seed=0, progress=True)
-        write_draws(draws, folder / "draws.nc")
+        draws = fitted.predict(
+            given, targets=targets[TARGET_COLUMNS], seed=0, out=folder / "draws.nc", progress=True
+        )
         cells = fitted.sample_cells(draws, given, cells_per_population=half, seed=0)
         cells.write_h5ad(folder / "predicted.h5ad", compression="gzip")
 

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from hilbertcell.inference.gene_draws import gene_draws
+
 INTERVAL = 0.9  # probability of every interval in figures and tables
 
 
@@ -37,7 +39,8 @@ def summarise_shifts(draws: xr.DataTree) -> xr.Dataset:
     out = {name: np.empty(shape, np.float32) for name in fields}
     tails = (1 - INTERVAL) / 2, (1 + INTERVAL) / 2
     for p in range(shape[0]):
-        mean, shift = (_draws_of(predictions[name].isel(population=p)) for name in ("mean", "shift"))
+        name = str(predictions["population"].values[p])
+        mean, shift = (gene_draws(draws, quantity, name) for quantity in ("mean", "shift"))
         out["mean"][p], out["shift"][p] = mean.mean(axis=0), shift.mean(axis=0)
         out["lower"][p], out["upper"][p] = np.quantile(shift, tails, axis=0)
         low, high = np.quantile(mean, tails, axis=0)
@@ -124,9 +127,3 @@ def _labels(summary: xr.Dataset) -> pd.DataFrame:
     names = ("perturbation", "dose", "context", "batch")
     nothing = np.full(summary.sizes["population"], np.nan)
     return pd.DataFrame({name: summary[name].values if name in summary.coords else nothing for name in names})
-
-
-def _draws_of(variable: xr.DataArray) -> np.ndarray:
-    """(S, G) float64, chains one after the other."""
-    values = variable.transpose("chain", "draw", "gene").values
-    return values.reshape(-1, values.shape[-1]).astype(np.float64)

@@ -14,6 +14,7 @@ import xarray as xr
 
 from hilbertcell.data.populations import Keys, Populations, natural_scale
 from hilbertcell.data.validation import DataError, listing
+from hilbertcell.inference.gene_draws import gene_draws
 from hilbertcell.models.continuous_transport import transport_continuous, transport_nonnegative
 from hilbertcell.models.count_transport import transport_counts
 from hilbertcell.models.expression_state import ExpressionState, fit_expression_state
@@ -75,7 +76,7 @@ def sample_cells(
     for (context, batch), targets in labels.groupby(["context", "batch"], sort=False):
         source = _Source.read(populations, controls[context, batch])
         for name, target in targets.iterrows():
-            means = predictions["mean"].sel(population=name).values.reshape(-1, len(populations.genes))
+            means = gene_draws(draws, "mean", str(name))
             given = constants.sel(population=name)
             ratios = float(given["library_log_ratio"]), given["sd_log_ratio"].values
             samples[str(name)] = [

@@ -47,6 +47,7 @@ def save_fit(fit: Fit, path: Path, *, force: bool = False) -> None:
     for name in _PARTS:
         arrays |= {f"{name}.{key}": value for key, value in getattr(fit, name).to_arrays().items()}
     arrays |= {f"params.{key}": value for key, value in fit.params.items()}
+    arrays |= {f"posterior.{key}": value for key, value in fit.posterior.items()}
     if fit.features is not None:
         arrays["features"] = fit.features.to_numpy(dtype=np.float64)
     manifest = {
@@ -55,6 +56,7 @@ def save_fit(fit: Fit, path: Path, *, force: bool = False) -> None:
         "keys": fit.keys.to_dict(),
         "genes": fit.genes.astype(str).tolist(),
         "settings": fit.settings.model_dump(),
+        "inference": dict(zip(("method", "reason"), fit.inference, strict=True)),
         "seed": fit.seed,
         "split_hash": fit.split_hash,
         "held_out": list(fit.held_out),
@@ -72,9 +74,9 @@ def save_fit(fit: Fit, path: Path, *, force: bool = False) -> None:
             folder / "arrays.safetensors",
         )
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        stats = xr.Dataset({"elbo": (("chain", "svi_step"), -fit.losses[None])})
-        xr.DataTree.from_dict({"sample_stats": stats}).to_netcdf(folder / "inference.nc")
+        xr.DataTree.from_dict({"sample_stats": fit.sample_stats}).to_netcdf(folder / "inference.nc")
         for file in folder.iterdir():
+            shutil.copymode(folder / "manifest.json", file)  # safetensors writes for the owner alone
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         if path.exists():
@@ -92,7 +94,7 @@ def read_fit(path: Path) -> Fit:
         manifest = json.loads((path / "manifest.json").read_text())
         arrays = load_file(path / "arrays.safetensors")
         with xr.open_datatree(path / "inference.nc") as tree:
-            losses = -tree["sample_stats"]["elbo"].to_numpy()[0]
+            stats = {str(name): values.to_numpy() for name, values in tree["sample_stats"].data_vars.items()}
     except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a complete fit ({error}); make one with `hilbertcell fit`") from None
     if manifest.get("format") != FORMAT:
@@ -115,7 +117,9 @@ def read_fit(path: Path) -> Fit:
         scores_center=arrays["scores_center"],
         features=features,
         params=_under(arrays, "params"),
-        losses=losses,
+        losses=-stats.pop("elbo")[0] if "elbo" in stats else np.zeros(0),
+        posterior=_under(arrays, "posterior"),
+        sampling=stats,
         **parts,
     )
 

@@ -39,9 +39,12 @@ class TrainingChecks:
         self.observed = table.observations.mean[self.batch, num_contexts + self.slot, self.gene]
         self.rng = rng
 
-    def draw(self, key: jax.Array, globals_: Globals) -> np.ndarray:
-        """Predictive draws (S, observation) of the chosen summaries, cell noise included, standardised."""
-        draws = np.empty((globals_.slope.shape[0], len(self.gene)))
+    def draw(self, keys: jax.Array, globals_: Globals) -> np.ndarray:
+        """Predictive draws (S, observation) of the chosen summaries, cell noise included, standardised.
+
+        `keys` (S,): one per draw of the globals.
+        """
+        draws = np.empty((len(keys), len(self.gene)))
         for b in np.unique(self.batch):
             observations = Observations(*(field[b] for field in self.observations))
             nobody = Observations(
@@ -49,8 +52,15 @@ class TrainingChecks:
                 observations.noise[:1].repeat(len(observations.condition), 0),
                 np.zeros(len(observations.condition), bool), observations.condition, observations.context,
             )  # fmt: skip
-            targets = BatchTargets(observations, observations.condition, observations.context, nobody)
+            targets = BatchTargets(
+                observations,
+                observations.condition,
+                observations.context,
+                nobody,
+                np.arange(len(observations.condition)),
+            )
             chosen = self.batch == b
-            response = draw_batch(jax.random.fold_in(key, int(b)), globals_, targets).response
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, int(b))
+            response = draw_batch(own, globals_, targets).response
             draws[:, chosen] = response[:, self.slot[chosen], self.gene[chosen]]
         return draws + np.sqrt(self.noise) * self.rng.standard_normal(draws.shape)

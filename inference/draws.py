@@ -1,9 +1,9 @@
 """Predict: from a fit and the cells of its batches to labelled draws of whole response distributions."""
 
-import json
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,29 +11,24 @@ import pandas as pd
 import xarray as xr
 from rich.progress import Progress
 
-from hilbertcell.data.perturbations import perturbation_table
+from hilbertcell.data.draws_io import read_draws, write_draws, write_rows
+from hilbertcell.data.perturbations import PerturbationTable, perturbation_table
 from hilbertcell.data.populations import Populations
 from hilbertcell.data.validation import DataError
-from hilbertcell.inference.checks import TrainingChecks
-from hilbertcell.inference.predictive import (
-    align,
-    batch_log_density,
-    draw_batch,
-    draw_globals,
-    draw_microenvironments,
-)
+from hilbertcell.inference.draws_tree import draws_attrs, per_draw, population_groups, training_groups
+from hilbertcell.inference.gene_draws import QUANTITIES, fit_gene_map
+from hilbertcell.inference.predictive import draw_batch, draw_globals
 from hilbertcell.inference.requests import Given, batch_targets, choose_targets, read_batches
-from hilbertcell.inference.tables import Condition, condition_of
-from hilbertcell.inference.training_summary import target_constants, variance_shares
-from hilbertcell.models.microenvironment import Globals
+from hilbertcell.inference.tables import Vocabulary, condition_of
+from hilbertcell.inference.training_draws import TrainingDraws
 
 if TYPE_CHECKING:
     from hilbertcell.inference.fit import Fit
 
-# Draws of the globals behind the variance decomposition: shares are means over hundreds of (population, gene).
-_SHARE_DRAWS = 20
-# Draws of genes are held in memory and in one file: what a laptop has room for beside the data.
+# Draws of genes up to this size are held in memory and stored as they are: what a laptop has room for beside the
+# data. Larger ones are made in pieces, stored as coordinates, and made again when they are asked for.
 MAX_BYTES = 2_000_000_000
+_PIECES = 8  # of MAX_BYTES each: a piece is held beside what it is made from
 
 
 def predict(
@@ -45,6 +40,7 @@ def predict(
     seed: int = 0,
     observe: bool = False,
     new_batch: bool = False,
+    out: str | Path | None = None,
     progress: bool = False,
 ) -> xr.DataTree:
     """Draw latent population means of targets given the controls of their batches.
@@ -58,6 +54,8 @@ def predict(
         seed: same seed, same draws.
         observe: condition on the file's perturbed populations too (few-shot update).
         new_batch: treat every batch of the file as new, even under a name that the fit knows.
+        out: netCDF file that the draws are written to; they are returned as read from it. Draws of genes above 2 GB
+            need it: they are written in pieces, as coordinates with maps to genes (`inference.gene_draws`).
         progress: show a progress bar.
 
     Returns:
@@ -66,14 +64,93 @@ def predict(
 
     Raises:
         DataError: genes, scale, contexts or perturbations that the fit does not know; a known batch name with
-            other controls; a target whose batch the file lacks.
+            other controls; a target whose batch the file lacks; draws above 2 GB without `out`.
     """
     if num_samples < 2:
         raise DataError(f"num_samples = {num_samples}: a law needs at least 2 draws; ask for 500")
     given = read_batches(fit, populations, observe, new_batch)
+    request = _request(fit, populations, given, targets, num_samples, seed)
+    wanted, num_genes = request.wanted, len(fit.genes)
+    size = 2 * 4 * num_samples * len(wanted) * num_genes
+    if size > MAX_BYTES and out is None:
+        raise DataError(
+            f"num_samples x targets x genes = {num_samples} x {len(wanted)} x {num_genes}: the draws would take "
+            f"{size / 1e9:.1f} GB of memory, of at most {MAX_BYTES / 1e9:.0f}; name a file for them (out), ask for fewer "
+            "draws or name fewer targets"
+        )
+    if out is not None and Path(out).exists():
+        raise DataError(f"out = {str(out)!r}: exists; remove it or name another file")
+    step = len(wanted) if size <= MAX_BYTES else max(1, len(wanted) * MAX_BYTES // (_PIECES * size))
+    pieces = [slice(i, min(i + step, len(wanted))) for i in range(0, len(wanted), step)]
+    training = TrainingDraws(fit, seed)
+    with jax.enable_x64(True), Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("drawing", total=num_samples * len(pieces))
+        advance: Callable[[int], None] = lambda draws: bar.advance(task, draws)
+        if out is not None and size > MAX_BYTES:
+            groups, new = _write_pieces(fit, request, pieces, training, Path(out), advance)
+        else:
+            drawn = _draw(fit, request, pieces[0], training, advance)
+            groups, new = population_groups(fit, wanted, given, drawn.whole()), drawn.microenvironments
+    for name, dataset in training_groups(fit, given, training, new).items():
+        groups[name] = dataset.merge(groups[name], combine_attrs="override") if name in groups else dataset
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs = draws_attrs(fit) | {"seed": seed, "observe": int(observe)}
+    if out is None:
+        return tree
+    write_draws(tree, out)
+    return read_draws(out)
+
+
+class _Request(NamedTuple):
+    """What is to be drawn, in the indices of programs."""
+
+    given: Given
+    wanted: pd.DataFrame
+    names: Vocabulary
+    perturbations: PerturbationTable
+    num_samples: int
+    seed: int
+
+
+class _Drawn(NamedTuple):
+    """Draws of T targets on the scale of the data, float32, and of the microenvironments of their new batches."""
+
+    mean: np.ndarray  # (S, T, G)
+    shift: np.ndarray  # (S, T, G)
+    embedding: np.ndarray  # (S, T, Q)
+    microenvironments: dict[str, np.ndarray]  # (S, K) by batch
+
+    def whole(self) -> dict[str, Any]:
+        """Variables with every draw of every gene."""
+        return {
+            "mean": per_draw(self.mean, "population", "gene"),
+            "shift": per_draw(self.shift, "population", "gene"),
+            "embedding": per_draw(self.embedding, "population", "coordinate"),
+        }
+
+    def compressed(self, piece: int) -> dict[str, Any]:
+        """Variables from which `gene_draws` makes the genes; the gene maps belong to `piece`."""
+        fitted = fit_gene_map(self.mean, self.shift, self.embedding)
+        by_gene: dict[str, Any] = {"rest_correlation": fitted.correlation}
+        for q, quantity in enumerate(QUANTITIES):
+            by_gene |= {f"{quantity}_center": fitted.center[q], f"{quantity}_rest_sd": fitted.sd[q]}
+        return {
+            "embedding": per_draw(self.embedding, "population", "coordinate"),
+            **{name: (("population", "gene"), np.float32(values)) for name, values in by_gene.items()},
+            **{
+                f"{quantity}_map": (("map", "coordinate", "gene"), np.float32(fitted.maps[q])[None])
+                for q, quantity in enumerate(QUANTITIES)
+            },
+            "map_index": ("population", np.full(self.mean.shape[1], piece)),
+        }
+
+
+def _request(
+    fit: "Fit", populations: Populations, given: Given, targets: pd.DataFrame | None, num_samples: int, seed: int
+) -> _Request:  # fmt: skip
+    """Targets checked, and the vocabulary extended by what training did not see."""
     wanted = choose_targets(fit, given.moments.labels, targets)
-    conditions: list[Condition] = condition_of(wanted)
-    names = fit.names.extend(conditions)
+    names = fit.names.extend(condition_of(wanted))
     features = populations.perturbation_features if fit.features is None else fit.features
     perturbations = perturbation_table(
         list(dict.fromkeys(perturbation for _, perturbation, _ in names.conditions)),
@@ -83,177 +160,65 @@ def predict(
     )
     if fit.features is None and features is not None:
         given.notices.append("perturbation features were given, but the fit was made without any: not used")
-    tables = {
-        batch: given.table if batch in given.new else fit.table for batch in sorted(wanted["batch"].unique())
-    }
-    asked = {batch: batch_targets(fit, names, wanted, batch, tables[batch]) for batch in tables}
+    return _Request(given, wanted, names, perturbations, num_samples, seed)
 
-    num_targets, num_genes = len(wanted), len(fit.genes)
-    needed = 2 * 4 * num_samples * num_targets * num_genes
-    if needed > MAX_BYTES:
-        raise DataError(
-            f"num_samples x targets x genes = {num_samples} x {num_targets} x {num_genes}: the draws would take "
-            f"{needed / 1e9:.1f} GB of at most {MAX_BYTES / 1e9:.0f}; ask for fewer draws or name fewer targets"
-        )
-    shape = (num_samples, num_targets)
+
+def _draw(
+    fit: "Fit", request: _Request, rows: slice, training: TrainingDraws | None, advance: Callable[[int], None]
+) -> _Drawn:  # fmt: skip
+    """Draw the targets in `rows`, block of draws by block; and `training`, if given, from the same globals."""
+    given, wanted, num_samples = request.given, request.wanted, request.num_samples
+    all_batches = {batch: i for i, batch in enumerate(sorted(wanted["batch"].unique()))}
+    batch_of = wanted["batch"].to_numpy()[rows]
+    places = {batch: rows.start + np.flatnonzero(batch_of == batch) for batch in sorted(set(batch_of))}
+    asked = {
+        batch: batch_targets(request.names, wanted, place, given.table if batch in given.new else fit.table)
+        for batch, place in places.items()
+    }
+    num_genes, shape = len(fit.genes), (num_samples, len(batch_of))
     mean, shift = np.empty((*shape, num_genes), np.float32), np.empty((*shape, num_genes), np.float32)
     embedding = np.empty((*shape, fit.coordinates.A.shape[1]), np.float32)
-    u_new: dict[str, list[np.ndarray]] = {batch: [] for batch in tables if batch in given.new}
-    u_train, loglik, scalars, checks, shares = [], [], [], [], np.zeros(0)
-    check = TrainingChecks(fit, seed)
-    rows = {batch: np.flatnonzero(wanted["batch"] == batch) for batch in tables}
-    observations = fit.program_args[0]
-    with jax.enable_x64(True), Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("drawing", total=num_samples)
-        for block, globals_ in draw_globals(fit, names, perturbations, num_samples, seed):
-            key = jax.random.fold_in(jax.random.key(seed), block.start)
-            for i, batch in enumerate(tables):
-                drawn = draw_batch(jax.random.fold_in(key, i), globals_, asked[batch])
-                response, control = fit.unit.undo(drawn.response), fit.unit.undo(drawn.control)
-                mean[block, rows[batch]] = response[..., :num_genes]
-                shift[block, rows[batch]] = (response - control)[..., :num_genes]
-                embedding[block, rows[batch]] = fit.coordinates.project(response)
-                if batch in given.new:
-                    u_new[batch].append(drawn.microenvironment)
-            keys = jax.random.split(jax.random.fold_in(key, len(tables)), block.stop - block.start)
-            u_train.append(np.asarray(draw_microenvironments(keys, globals_, observations)))
-            loglik.append(np.asarray(batch_log_density(globals_, observations)))
-            scalars.append(_scalars(fit, globals_))
-            if not shares.size:
-                shares = variance_shares(
-                    fit, keys[:_SHARE_DRAWS], jax.tree.map(lambda leaf: leaf[:_SHARE_DRAWS], globals_)
+    factors: dict[str, list[np.ndarray]] = {batch: [] for batch in places if batch in given.new}
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(request.seed), 1), num_samples)
+    own_keys = jax.vmap(jax.random.fold_in, (0, None))
+    for block, globals_ in draw_globals(fit, request.names, request.perturbations, num_samples, request.seed):
+        for batch, place in places.items():
+            drawn = draw_batch(own_keys(keys[block], all_batches[batch]), globals_, asked[batch])
+            response, control = fit.unit.undo(drawn.response), fit.unit.undo(drawn.control)
+            here = place - rows.start
+            mean[block, here] = response[..., :num_genes]
+            shift[block, here] = (response - control)[..., :num_genes]
+            embedding[block, here] = fit.coordinates.project(response)
+            if batch in given.new:
+                factors[batch].append(drawn.microenvironment)
+        if training is not None:
+            training.add(own_keys(keys[block], len(all_batches)), globals_)
+        advance(block.stop - block.start)
+    if not (np.isfinite(mean).all() and np.isfinite(shift).all()):
+        warnings.warn("some draws are not finite; the fit cannot be trusted", RuntimeWarning, stacklevel=4)
+    return _Drawn(mean, shift, embedding, {batch: np.concatenate(u) for batch, u in factors.items()})
+
+
+def _write_pieces(
+    fit: "Fit", request: _Request, pieces: list[slice], training: TrainingDraws, out: Path,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, xr.Dataset], dict[str, np.ndarray]]:  # fmt: skip
+    """Draw and write piece by piece everything with a dimension beside `population`; return what is small."""
+    small: dict[str, list[xr.Dataset]] = {}
+    new: dict[str, np.ndarray] = {}
+    for p, rows in enumerate(pieces):
+        drawn = _draw(fit, request, rows, training if p == 0 else None, advance)
+        stored = drawn.compressed(p)
+        new |= drawn.microenvironments
+        groups = population_groups(fit, request.wanted.iloc[rows], request.given, stored)
+        del drawn, stored
+        for group, dataset in groups.items():
+            large = [str(name) for name, values in dataset.data_vars.items() if values.ndim > 1]
+            sizes = dict(dataset.sizes) | {"population": len(request.wanted), "map": len(pieces)}
+            for name in large:
+                axis, place = (
+                    ("map", slice(p, p + 1)) if "map" in dataset[name].dims else ("population", rows)
                 )
-            checks.append(check.draw(jax.random.fold_in(key, len(tables) + 1), globals_))
-            bar.advance(task, block.stop - block.start)
-    batches = [*fit.table.batches, *(f"{b} (new)" if b in fit.table.batches else b for b in u_new)]
-    factors = np.concatenate(
-        [np.concatenate(u_train), *(np.concatenate(u)[:, None] for u in u_new.values())], axis=1
-    )
-    tree = _assemble(
-        fit, given, wanted, mean, shift, embedding, batches, align(factors)[0], np.concatenate(loglik),
-        {name: np.concatenate([s[name] for s in scalars]) for name in scalars[0]},
-        shares, check, np.concatenate(checks),
-    )  # fmt: skip
-    tree.attrs["seed"], tree.attrs["observe"] = seed, int(observe)
-    return tree
-
-
-def _scalars(fit: "Fit", globals_: Globals) -> dict[str, np.ndarray]:
-    """Posterior draws worth reporting, genes only, scales in units of the data."""
-    genes = slice(0, len(fit.genes))
-    unit = fit.unit.scale[genes]
-    return {
-        "slope": np.asarray(globals_.slope[:, genes]),
-        "baseline_scale": np.asarray(globals_.baseline_scale[:, :, genes].mean(axis=1)) * unit,
-        "response_scale": np.asarray(globals_.response_scale[:, :, genes].mean(axis=1)) * unit,
-        "batch_scale": np.asarray(globals_.batch_scale[:, genes]) * unit,
-        "factor_scale": np.sqrt(
-            np.asarray((globals_.baseline_loading[:, genes] ** 2).mean(axis=1)),
-        ),
-        "strength": np.asarray(globals_.strength),
-    }
-
-
-def _assemble(
-    fit: "Fit", given: Given, wanted: pd.DataFrame, mean: np.ndarray, shift: np.ndarray, embedding: np.ndarray,
-    batches: Sequence[str], factors: np.ndarray, loglik: np.ndarray, scalars: dict[str, np.ndarray],
-    shares: np.ndarray, check: TrainingChecks, checks: np.ndarray,
-) -> xr.DataTree:  # fmt: skip
-    """Label everything; see `predict`."""
-    from hilbertcell import __version__
-
-    scale = {"counts": "log1p_cp10k"}.get(fit.keys.scale, fit.keys.scale)
-    units = {"log1p_cp10k": "log1p(counts per 10,000)", "log1p": "log1p", "other": "units of the data"}[scale]
-    population = {
-        "population": wanted.index.to_numpy(dtype=str),
-        **{
-            name: ("population", wanted[name].to_numpy(dtype=str))
-            for name in ("context", "perturbation", "batch")
-        },
-        "dose": ("population", wanted["dose"].to_numpy(dtype=float)),
-    }
-    genes = {"gene": fit.genes.astype(str)}
-    draws = ("chain", "draw")
-
-    def stacked(values: np.ndarray, *dims: str) -> tuple[tuple[str, ...], np.ndarray]:
-        return (*draws, *dims), np.asarray(values, np.float32)[None]
-
-    predictions = xr.Dataset(
-        {
-            "mean": stacked(mean, "population", "gene"),
-            "shift": stacked(shift, "population", "gene"),
-            "embedding": stacked(embedding, "population", "coordinate"),
-        },
-        coords={**population, **genes, "coordinate": np.arange(embedding.shape[-1])},
-        attrs={"scale": scale, "units": units},
-    )
-    levels = [f"{p}" if d < 0 else f"{p} @ {d:g}" for _, p, d in fit.names.conditions]
-    posterior = xr.Dataset(
-        {
-            "microenvironment": stacked(factors, "batch", "factor"),
-            **{
-                name: stacked(scalars[name], "gene")
-                for name in ("slope", "baseline_scale", "response_scale", "batch_scale")
-            },
-            "factor_scale": stacked(scalars["factor_scale"], "factor"),
-            "strength": stacked(scalars["strength"][:, : len(levels)], "condition"),
-        },
-        coords={
-            **genes,
-            "batch": np.array(batches, dtype=str),
-            "in_training": ("batch", np.arange(len(batches)) < len(fit.table.batches)),
-            "factor": np.arange(factors.shape[-1]),
-            "condition": [
-                f"{c} | {level}" for (c, _, _), level in zip(fit.names.conditions, levels, strict=True)
-            ],
-        },
-    )
-    loglik_set = xr.Dataset(
-        {"response": stacked(loglik, "batch")}, coords={"batch": np.array(fit.table.batches, dtype=str)}
-    )
-    constants, observed = target_constants(fit, wanted, given.moments, given.new)
-    labels = fit.moments.labels
-    summary = {
-        "num_cells": int(labels["num_cells"].sum()),
-        "num_populations": len(labels),
-        "num_batches": len(fit.table.batches),
-        "contexts": list(fit.names.contexts),
-        "perturbations": list(dict.fromkeys(level[0] for level in fit.names.levels)),
-        "held_out": list(fit.held_out),
-    }
-    components = [
-        "perturbation",
-        "context",
-        "interaction",
-        "own baseline",
-        "microenvironment",
-        "residual",
-        "sampling noise",
-    ]
-    constants = constants.assign_coords(**population, **genes, component=components)
-    constants["variance_decomposition"] = ("component", shares)
-    constants.attrs = {
-        "warnings": json.dumps(given.notices),
-        "data_summary": json.dumps(summary),
-        "training_populations": json.dumps(labels.index.tolist()),  # `evaluate` refuses to score these
-    }
-    observed = observed.assign_coords(**population, **genes)
-    observed["population_mean"] = ("observation", check.observed)
-    predictive = xr.Dataset(
-        {"population_mean": stacked(checks, "observation")},
-        coords={
-            "observation": np.arange(len(check.gene)),
-            "population_name": ("observation", labels.index.to_numpy(dtype=str)[check.row]),
-            "gene_name": ("observation", fit.genes.astype(str)[check.gene]),
-        },
-    )
-    groups: dict[str, Any] = {
-        "predictions": predictions, "posterior": posterior, "log_likelihood": loglik_set,
-        "posterior_predictive": predictive, "observed_data": observed, "constant_data": constants,
-        "sample_stats": xr.Dataset({"elbo": (("chain", "svi_step"), -fit.losses[None])}),
-    }  # fmt: skip
-    tree = xr.DataTree.from_dict(groups)
-    tree.attrs = {"hilbertcell_version": __version__, "keys": json.dumps(fit.keys.to_dict())}
-    if any(not np.isfinite(v).all() for v in (mean, shift)):
-        warnings.warn("some draws are not finite; the fit cannot be trusted", RuntimeWarning, stacklevel=3)
-    return tree
+                write_rows(out, group, name, dataset[name].dims, dataset[name].values, sizes, axis, place)
+            small.setdefault(group, []).append(dataset.drop_vars(large))
+    return {group: xr.concat(parts, "population") for group, parts in small.items()}, new

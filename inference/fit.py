@@ -1,7 +1,7 @@
 """Fit a hidden-factor program to populations, and predict with it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hilbertcell.data.perturbations import PerturbationTable, perturbation_table
 from hilbertcell.data.populations import Keys, Populations
 from hilbertcell.data.splits import Split, check_no_leak, check_same_data
 from hilbertcell.inference.guides import BlockGuide
+from hilbertcell.inference.nuts import INVARIANTS, choose_inference, run_nuts
 from hilbertcell.inference.predictive import globals_sampler
 from hilbertcell.inference.settings import Settings
 from hilbertcell.inference.starting_values import starting_values
@@ -40,6 +41,10 @@ from hilbertcell.models.hidden_factors import hidden_factor_program
 from hilbertcell.models.microenvironment import Globals
 from hilbertcell.models.within_covariance import WithinCovariance, WithinPrior, fit_loadings, fit_within_prior
 
+# Above these, draws of NUTS are not to be trusted (Vehtari et al. 2021 ask for 1.01 of many long chains).
+_MAX_RHAT = 1.05
+_MAX_DIVERGING = 0.01
+
 
 @dataclass(frozen=True, eq=False)
 class Fit:
@@ -56,8 +61,10 @@ class Fit:
         scores_center: (D,) origin of the noise-factor scores.
         moments: streamed moments of the training populations.
         features: perturbation features given to the fit, or None.
-        params: variational parameters.
-        losses: (steps,) negative ELBO.
+        params: variational parameters; none where NUTS was used.
+        losses: (steps,) negative ELBO, or other bound; none where NUTS was used.
+        posterior: draws (chain, draw, ...) of the program's sites by NUTS; none where SVI was used.
+        sampling: what NUTS says of itself: diverging, acceptance_rate, n_steps (chain, draw), rhat, ess (invariant).
 
     """
 
@@ -75,6 +82,8 @@ class Fit:
     features: pd.DataFrame | None
     params: dict[str, np.ndarray]
     losses: np.ndarray
+    posterior: dict[str, np.ndarray] = field(default_factory=dict)
+    sampling: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def names(self) -> Vocabulary:
@@ -123,9 +132,41 @@ class Fit:
         block = (np.arange(self.feature_map.num_features) >= self.feature_map.num_genes).astype(int)
         return observations, stacked, self.names.level_index(), block, self.num_factors, observations.mean
 
+    @property
+    def inference(self) -> tuple[str, str]:
+        """How it is learned, "svi" or "nuts", and why so."""
+        return choose_inference(self.settings.inference, self.table.observations)
+
+    @property
+    def sample_stats(self) -> xr.Dataset:
+        """The course of inference: `elbo` by step, or the statistics and diagnostics of the chains."""
+        if not self.sampling:
+            return xr.Dataset({"elbo": (("chain", "svi_step"), -self.losses[None])})
+        return xr.Dataset(
+            {
+                name: (("invariant",) if values.ndim == 1 else ("chain", "draw"), values)
+                for name, values in self.sampling.items()
+            },
+            {"invariant": list(INVARIANTS)},
+        )
+
+    @property
+    def inference_notices(self) -> list[str]:
+        """What a reader of predictions has to know of the inference: its choice, and chains that did not mix."""
+        method, reason = self.inference
+        notices = [] if reason == "as set" else [f"inference by {method}: {reason}"]
+        if self.sampling:
+            rhat, share = float(self.sampling["rhat"].max()), float(self.sampling["diverging"].mean())
+            if rhat > _MAX_RHAT or share > _MAX_DIVERGING:
+                notices.append(
+                    f"NUTS has not converged: largest r-hat {rhat:.3f}, {share:.1%} of the draws diverged; fit with "
+                    "another seed, or by svi"
+                )
+        return notices
+
     def guide(self) -> BlockGuide:
         """The variational family of the fit, starting from the observed effects."""
-        initial, initial_sd = starting_values(self)
+        initial, initial_sd = starting_values(self.program_args, self.seed)
         return BlockGuide(hidden_factor_program, *self.program_args, initial=initial, initial_sd=initial_sd)
 
     @cached_property
@@ -142,6 +183,7 @@ class Fit:
         seed: int = 0,
         observe: bool = False,
         new_batch: bool = False,
+        out: str | Path | None = None,
         progress: bool = False,
     ) -> xr.DataTree:
         """Draws of whole response distributions for the batches of `populations`; see `inference.draws.predict`."""
@@ -149,7 +191,7 @@ class Fit:
 
         return predict(
             self, populations, targets=targets, num_samples=num_samples, seed=seed, observe=observe,
-            new_batch=new_batch, progress=progress,
+            new_batch=new_batch, out=out, progress=progress,
         )  # fmt: skip
 
     def sample_cells(self, draws: xr.DataTree, populations: Populations, **options: Any) -> Any:
@@ -184,9 +226,13 @@ def fit(
     holdout: Split | None = None,
     seed: int = 0,
     settings: Settings | None = None,
+    resume: Path | None = None,
     progress: bool = False,
 ) -> Fit:
     """Fit the hidden-factor program to the populations that `holdout` does not hide.
+
+    `resume` names a file that holds what the pass over the cells has done so far, for cells that lie in a file: a fit
+    that was interrupted goes on from there, to the same result. It is removed when the pass has ended.
 
     Batches all of whose perturbed populations are hidden are left out altogether: they stay new batches, whose
     controls are conditioned on at prediction.
@@ -200,7 +246,7 @@ def fit(
     pilot, codes = train.pilot(settings.max_pilot_cells, seed)
     feature_map = fit_feature_map(pilot, settings.num_components, settings.num_random_features, seed)
     scores, center = fit_loadings(feature_map(pilot), codes, settings.noise_rank)
-    moments = stream_moments(train, feature_map, scores, center, progress=progress)
+    moments = stream_moments(train, feature_map, scores, center, progress=progress, resume=resume)
     if holdout is not None:
         check_no_leak(holdout, moments.labels.index)
     names = vocabulary(moments.labels)
@@ -223,18 +269,25 @@ def embed(moments: Moments, prior: WithinPrior, names: Vocabulary, max_coordinat
 
 
 def infer(start: Fit, *, progress: bool = False) -> Fit:
-    """Run variational inference for a fit whose embedding and moments are in place."""
+    """Run inference for a fit whose embedding and moments are in place."""
     settings = start.settings
+    key = jax.random.key(start.seed)
+    if start.inference[0] == "nuts":
+        with jax.enable_x64(True), Progress(transient=True, disable=not progress) as bar:
+            bar.add_task("NUTS", total=None)
+            initial, _ = starting_values(start.program_args, start.seed)
+            sampled = run_nuts(key, start.program_args, initial)
+        return replace(start, posterior=sampled.sites, sampling=sampled.stats)
     with jax.enable_x64(True), Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("inference", total=settings.num_steps)
         advance: Callable[[int], None] = lambda steps: bar.advance(task, steps)
         result = fit_svi(
-            jax.random.key(start.seed), hidden_factor_program, start.guide(), start.program_args,
+            key, hidden_factor_program, start.guide(), start.program_args,
             num_steps=settings.num_steps, learning_rate=settings.learning_rate,
-            num_particles=settings.num_particles, on_progress=advance,
+            num_particles=settings.num_particles, objective=settings.objective, on_progress=advance,
         )  # fmt: skip
         params = {name: np.asarray(value) for name, value in result.params.items()}
-    return Fit(**{**_fields(start), "params": params, "losses": result.losses})
+    return replace(start, params=params, losses=result.losses)
 
 
 def training_populations(populations: Populations, holdout: Split | None) -> Populations:
@@ -254,7 +307,3 @@ def training_populations(populations: Populations, holdout: Split | None) -> Pop
             "controls, are left for training; a fit needs controls, perturbed populations and two batches: hide less"
         )
     return populations.select(keep)
-
-
-def _fields(fit_: Fit) -> dict[str, Any]:
-    return {name: getattr(fit_, name) for name in Fit.__dataclass_fields__}

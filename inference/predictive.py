@@ -1,7 +1,7 @@
 """Draws of latent population means from a fitted program: globals from the guide, latents exactly."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import wraps
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from hilbertcell.models.microenvironment import (
     PopulationMeans,
     draw_latents,
     draw_response,
+    extend_modulation,
 )
 
 if TYPE_CHECKING:
@@ -28,8 +29,26 @@ if TYPE_CHECKING:
 # Globals of 2,000 features x 100 conditions take 2 MB a draw: blocks of 50 stay near 100 MB.
 DRAW_BLOCK = 50
 
-# What runs for a second spends its time in the compiler, five times faster so; draws are bound by memory anyway.
+# Without the optimiser programs compile twice as fast and run five times slower: for calls on fewer numbers than
+# this, ten of which take a second, that is a gain.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+_SMALL = 500_000
+
+
+def compiled[**P, R](function: Callable[P, R], *static: str) -> Callable[P, R]:
+    """`jax.jit` of a function of arrays that is called about ten times, optimised where the arrays are large.
+
+    `static` names the arguments that are not arrays.
+    """
+    quick = jax.jit(function, static_argnames=static, compiler_options=QUICK_COMPILE)
+    full = jax.jit(function, static_argnames=static)
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        size = sum(np.size(leaf) for leaf in jax.tree.leaves((args, options)))
+        return (quick if size < _SMALL else full)(*args, **options)
+
+    return call
 
 
 class BatchTargets(NamedTuple):
@@ -39,6 +58,7 @@ class BatchTargets(NamedTuple):
     condition: np.ndarray  # (T,) index of each target's condition in the extended vocabulary
     context: np.ndarray  # (T,)
     seen: Observations  # mean, noise (T, D), observed (T,): the targets' own cells where they were given
+    identity: np.ndarray  # (T,) a target's draws depend on it and not on what else is asked
 
 
 class BatchDraws(NamedTuple):
@@ -50,15 +70,31 @@ class BatchDraws(NamedTuple):
 
 
 def globals_sampler(fit: "Fit") -> Callable[[Array], tuple[dict[str, Array], Globals]]:
-    """Compiled map from keys (S,) to draws of the program's sites and of the globals of training."""
-    guide, args = fit.guide(), fit.program_args
-    params = {name: jnp.asarray(value) for name, value in fit.params.items()}
+    """Compiled map from keys (S,) to draws of the program's sites and of the globals of training.
+
+    A variational fit draws from its guide; one by NUTS picks among its draws, with replacement.
+    """
+    args = fit.program_args
+    if fit.posterior:
+        draws = {name: jnp.asarray(x.reshape(-1, *x.shape[2:])) for name, x in fit.posterior.items()}
+        number = len(draws["slope"])
+
+        def sample(key: Array) -> dict[str, Array]:
+            chosen = jax.random.randint(key, (), 0, number)
+            return {name: values[chosen] for name, values in draws.items()}
+    else:
+        guide = fit.guide()
+        params = {name: jnp.asarray(value) for name, value in fit.params.items()}
+
+        def sample(key: Array) -> dict[str, Array]:
+            return guide.sample(key, params)
 
     def one(key: Array) -> tuple[dict[str, Array], Globals]:
-        sites = guide.sample(key, params)
+        sites = sample(key)
         return sites, handlers.substitute(handlers.seed(hidden_factor_program, 0), data=sites)(*args)
 
-    return jax.jit(jax.vmap(one), compiler_options=QUICK_COMPILE)
+    size = DRAW_BLOCK * fit.feature_map.num_features * len(fit.names.conditions)
+    return jax.jit(jax.vmap(one), compiler_options={} if size > _SMALL else QUICK_COMPILE)
 
 
 def draw_globals(
@@ -67,7 +103,7 @@ def draw_globals(
     """Draws of the globals in blocks, extended to all conditions of `names`.
 
     Conditions that training did not see are drawn from their prior given the others; a (perturbation, dose)
-    never seen draws its strength from the prior.
+    never seen draws its strength and its own loadings from the prior.
     """
     num_known, num_new = len(fit.names.conditions), len(names.conditions) - len(fit.names.conditions)
     key_sites, key_extend = jax.random.split(jax.random.key(seed))
@@ -83,7 +119,7 @@ def draw_globals(
         level = names.level_index()
 
         def extend(key: Array, amplitudes: Array, drawn: Globals) -> Globals:
-            key_effect, key_strength = jax.random.split(key)
+            key_effect, key_strength, key_modulation = jax.random.split(key, 3)
             noise = jax.random.normal(key_effect, (num_new, drawn.effect.shape[1]), drawn.effect.dtype)
             effect = extend_effects(
                 stacked, amplitudes, drawn.effect_scale, drawn.effect, np.arange(num_known), noise
@@ -92,9 +128,10 @@ def draw_globals(
             by_level = by_level.at[level[:num_known]].set(drawn.strength)
             if len(fit.names.levels) == 1:  # without several levels strength is no unknown but the unit
                 by_level = jnp.ones_like(by_level)
-            return drawn._replace(effect=effect, strength=by_level[level])
+            modulation = extend_modulation(key_modulation, drawn, level, num_known)
+            return drawn._replace(effect=effect, strength=by_level[level], modulation=modulation)
 
-        extend_all = jax.jit(jax.vmap(extend), compiler_options=QUICK_COMPILE)
+        extend_all = compiled(jax.vmap(extend))
     for start in range(0, num_samples, DRAW_BLOCK):
         block = slice(start, min(start + DRAW_BLOCK, num_samples))
         sites, drawn = fit.sample_globals(site_keys[block])
@@ -103,7 +140,7 @@ def draw_globals(
         yield block, drawn
 
 
-@partial(jax.jit, compiler_options=QUICK_COMPILE)
+@compiled
 def _draw_batch(
     keys: Array,
     globals_: Globals,
@@ -111,41 +148,55 @@ def _draw_batch(
     condition: Array,
     context: Array,
     seen: Observations,
+    identity: Array,
 ) -> tuple[Array, Array, Array]:
+    seen = jax.tree.map(lambda leaf: leaf[:, None], seen)
+
     def one(key: Array, globals_: Globals) -> tuple[Array, Array, Array]:
         key_latents, key_response = jax.random.split(key)
         latents = draw_latents(key_latents, globals_, observations)
-        response = draw_response(key_response, globals_, latents, condition, context, seen)
+
+        def target(identity: Array, condition: Array, context: Array, seen: Observations) -> Array:
+            key = jax.random.fold_in(key_response, identity)
+            return draw_response(key, globals_, latents, condition[None], context[None], seen)[0]
+
+        response = jax.vmap(target)(identity, condition, context, seen)
         return response, latents.control_mean[context], latents.microenvironment
 
-    return jax.vmap(one)(keys, globals_)
+    return jax.lax.map(lambda draw: one(*draw), (keys, globals_))  # what one draw needs stays in the cache
 
 
-def draw_batch(key: Array, globals_: Globals, targets: BatchTargets) -> BatchDraws:
-    """Draws for one batch, one per draw of the globals (leading axis S of every leaf)."""
-    keys = jax.random.split(key, globals_.slope.shape[0])
+def draw_batch(keys: Array, globals_: Globals, targets: BatchTargets) -> BatchDraws:
+    """Draws for one batch, one per key and draw of the globals (leading axis S of every leaf)."""
     drawn = _draw_batch(
-        keys, globals_, targets.observations, targets.condition, targets.context, targets.seen
+        keys,
+        globals_,
+        targets.observations,
+        targets.condition,
+        targets.context,
+        targets.seen,
+        targets.identity,
     )
     return BatchDraws(*(np.asarray(value) for value in drawn))
 
 
-@partial(jax.jit, compiler_options=QUICK_COMPILE)
+@compiled
 def batch_log_density(globals_: Globals, observations: Observations) -> Array:
     """Collapsed log density (S, B) of every batch under draws of the globals (leading axis S)."""
-    return jax.vmap(lambda g: PopulationMeans(g, observations).log_prob(observations.mean))(globals_)
+    return jax.lax.map(lambda g: PopulationMeans(g, observations).log_prob(observations.mean), globals_)
 
 
-@partial(jax.jit, compiler_options=QUICK_COMPILE)
+@compiled
 def draw_microenvironments(keys: Array, globals_: Globals, observations: Observations) -> Array:
     """Draws (S, B, K) of `u` of batches given their observed populations."""
 
     def one(key: Array, globals_: Globals) -> Array:
         batch_keys = jax.random.split(key, observations.mean.shape[0])
-        draw = jax.vmap(lambda k, batch: draw_latents(k, globals_, batch).microenvironment)
-        return draw(batch_keys, observations)
+        return jax.lax.map(
+            lambda own: draw_latents(own[0], globals_, own[1]).microenvironment, (batch_keys, observations)
+        )
 
-    return jax.vmap(one)(keys, globals_)
+    return jax.lax.map(lambda draw: one(*draw), (keys, globals_))
 
 
 def align(microenvironment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

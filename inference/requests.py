@@ -151,10 +151,11 @@ def _doses(column: pd.Series) -> pd.Series:
 
 
 def batch_targets(
-    fit: "Fit", names: Vocabulary, wanted: pd.DataFrame, batch: str, table: ProgramTable
+    names: Vocabulary, wanted: pd.DataFrame, rows: np.ndarray, table: ProgramTable
 ) -> BatchTargets:
-    """One batch's observations and what is asked of it."""
-    here = wanted[wanted["batch"] == batch]
+    """One batch's observations and what is asked of it: positions `rows` of `wanted`, all of one batch."""
+    here = wanted.iloc[rows]
+    batch = here["batch"].iloc[0]
     position = {condition: i for i, condition in enumerate(names.conditions)}
     condition = np.array([position[c] for c in condition_of(here)], dtype=int)
     context = np.array([names.contexts.index(c) for c in here["context"]], dtype=int)
@@ -168,4 +169,4 @@ def batch_targets(
     observed = np.array([c in slots for c in condition])
     slot = np.array([slots.get(c, 0) for c in condition])
     seen = Observations(observations.mean[slot], observations.noise[slot], observed, condition, context)
-    return BatchTargets(observations, condition, context, seen)
+    return BatchTargets(observations, condition, context, seen, rows)

@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +20,10 @@ class Settings(BaseModel):
     )
     noise_rank: int = Field(24, ge=1, le=128, description="rank of the within-population covariance")
     max_coordinates: int = Field(64, ge=1, description="upper bound on signal-ordered coordinates")
+    inference: Literal["svi", "nuts", "auto"] = Field(
+        "svi", description="variational, NUTS, or NUTS where it takes about two minutes at most"
+    )
+    objective: Literal["elbo", "iwae", "renyi"] = Field("elbo", description="bound that svi maximises")
     num_steps: int = Field(1000, ge=10, description="steps of stochastic variational inference")
     learning_rate: float = Field(0.05, gt=0, description="largest step of Adam; decays along a cosine")
     num_particles: int = Field(1, ge=1, description="draws of the guide per step")

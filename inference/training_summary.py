@@ -1,6 +1,5 @@
 """What training says about each target beside the draws: the null's shift, noise, library and spread ratios."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import xarray as xr
 from jax import Array
 
 from hilbertcell.data.moments import Moments
-from hilbertcell.inference.predictive import QUICK_COMPILE
+from hilbertcell.inference.predictive import compiled
 from hilbertcell.inference.tables import Condition, condition_of, shrunken_covariance
 from hilbertcell.models.microenvironment import Globals, Observations, draw_latents
 
@@ -141,8 +140,7 @@ class _Layout(NamedTuple):
     level: np.ndarray
 
 
-@partial(jax.jit, static_argnames="num_genes", compiler_options=QUICK_COMPILE)
-def _mean_squares(
+def _mean_squares_of(
     keys: Array, globals_: Globals, observations: Observations, layout: _Layout, num_genes: int
 ) -> Array:
     """Mean squares (S, 7, G) of the parts of the responses of training populations."""
@@ -165,7 +163,8 @@ def _mean_squares(
             strength = g.strength[b.condition][:, None]
             x = latents.control_mean[b.context] - g.alpha[b.context]
             own = strength * g.slope * x
-            shared = strength * (latents.batch_effect + g.response_loading @ latents.microenvironment)
+            to_u = g.shared_response(b.condition, latents.microenvironment)
+            shared = strength * (latents.batch_effect + to_u)
             residual = strength * g.response_scale[b.context]
             terms = jnp.concatenate(
                 [parts[:, b.condition], jnp.stack([own, shared, residual])[..., :num_genes]]
@@ -175,7 +174,11 @@ def _mean_squares(
             used = (b.observed[num_contexts:] & b.observed[b.context])[:, None]
             return (square * used).sum(1), used.sum()
 
-        squares, counts = jax.vmap(batch)(jax.random.split(key, observations.mean.shape[0]), observations)
+        keys = jax.random.split(key, observations.mean.shape[0])
+        squares, counts = jax.lax.map(lambda of_batch: batch(*of_batch), (keys, observations))
         return squares.sum(0) / jnp.maximum(counts.sum(), 1)
 
-    return jax.vmap(one)(keys, globals_)
+    return jax.lax.map(lambda draw: one(*draw), (keys, globals_))
+
+
+_mean_squares = compiled(_mean_squares_of, "num_genes")

@@ -1,11 +1,16 @@
 """From populations to a fit and back from its folder; what leaks and what does not."""
 
+import json
+from dataclasses import replace
+
+import jax
 import numpy as np
 import pytest
 
 from hilbertcell.data.splits import LeakError, check_no_leak, leave_one_batch_out
 from hilbertcell.inference.checkpoints import read_fit
 from hilbertcell.inference.fit import embed, fit, training_populations
+from hilbertcell.inference.nuts import INVARIANTS
 from hilbertcell.inference.settings import Settings
 
 from .conftest import SETTINGS, make_screen, populations_of
@@ -38,6 +43,35 @@ def test_a_fit_survives_its_folder_bit_for_bit(without_d5, d5, tmp_path):
     assert again.keys == without_d5.keys
     assert again.settings == without_d5.settings
     assert not any(path.suffix in {".pkl", ".pickle"} for path in (tmp_path / "fit").iterdir())
+
+
+def test_a_fit_by_nuts_predicts_from_its_draws_and_survives_its_folder(without_d5, d5, tmp_path):
+    """Draws stand in for chains: what matters is that they, and no guide, are what prediction uses."""
+    with jax.enable_x64(True):
+        sites, _ = without_d5.sample_globals(jax.random.split(jax.random.key(0), 6))
+    posterior = {name: np.asarray(values).reshape(2, 3, *values.shape[1:]) for name, values in sites.items()}
+    sampling = {
+        "diverging": np.array([[False, True, False]] * 2),
+        "acceptance_rate": np.full((2, 3), 0.9),
+        "n_steps": np.full((2, 3), 7),
+        "rhat": np.full(len(INVARIANTS), 1.2),
+        "ess": np.full(len(INVARIANTS), 6.0),
+    }
+    fitted = replace(without_d5, params={}, losses=np.zeros(0), posterior=posterior, sampling=sampling)
+    with jax.enable_x64(True):
+        picked, _ = fitted.sample_globals(jax.random.split(jax.random.key(1), 40))
+    slopes = np.asarray(sites["slope"])
+    matches = (np.asarray(picked["slope"])[:, None] == slopes).all(-1)
+    assert matches.any(1).all()
+    assert matches.any(0).sum() >= 5  # 40 picks of 6 leave out two or more once in 500 seeds
+    fitted.save(tmp_path / "fit")
+    again = read_fit(tmp_path / "fit")
+    one, two = (f.predict(d5, num_samples=10, seed=3) for f in (fitted, again))
+    np.testing.assert_array_equal(one["predictions"]["mean"], two["predictions"]["mean"])
+    for name, values in sampling.items():
+        np.testing.assert_array_equal(two["sample_stats"][name], values)
+        assert again.sampling[name].dtype == values.dtype
+    assert any("r-hat 1.200" in text for text in json.loads(two["constant_data"].attrs["warnings"]))
 
 
 def test_an_existing_folder_is_refused_and_replaced_only_when_forced(without_d5, tmp_path):
