@@ -8,10 +8,10 @@ bin := .venv/bin
 core := .venv/.hilbertcell-dev
 with_docs := .venv/.hilbertcell-docs
 
-.PHONY: help venv demo test test-slow lint types docs bench constraints
+.PHONY: help venv demo test test-slow lint types docs bench bench-streaming constraints
 
 help:
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(core): pyproject.toml constraints.txt scripts/make_venv.sh
 	scripts/make_venv.sh .venv dev
@@ -44,9 +44,17 @@ docs: $(with_docs) ## the pages of docs/ as a site in docs/_build/html
 	$(bin)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-bench: $(core) ## the figures of docs/benchmarks.md (tens of minutes; needs the real data)
+bench: $(core) ## the figures of docs/benchmarks.md (hours; needs the real data)
 	$(bin)/python -m hilbertcell.analyses.first_benchmarks
-	$(bin)/python -m hilbertcell.analyses.transport_benchmark --seeds 1
+	$(bin)/python -m hilbertcell.analyses.transport_benchmark
+	$(bin)/python -m hilbertcell.analyses.simulated_benchmark
+	$(bin)/python -m hilbertcell.analyses.calibration_benchmark
+	$(bin)/python -m hilbertcell.analyses.size_benchmark
+	$(bin)/hilbertcell benchmark --config analyses/benchmarks/shared.toml --out .benchmark
+	$(bin)/python -m hilbertcell.analyses.benchmark_page --grid .benchmark
+
+bench-streaming: $(core) ## streaming a million simulated cells against merely reading them (half an hour, 2 GB of disk)
+	$(bin)/python -m hilbertcell.analyses.streaming_benchmark
 	$(bin)/python -m hilbertcell.analyses.benchmark_page
 
 constraints: ## resolve constraints.txt afresh (needs uv)

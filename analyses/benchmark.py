@@ -7,15 +7,22 @@ import numpy as np
 import pandas as pd
 from rich.progress import Progress
 
-from hilbertcell.analyses.cell_summary import score_cells, summarise_cells
-from hilbertcell.analyses.gene_table import natural_cells
+from hilbertcell.analyses.cell_summary import score_cells, score_groups, summarise_cells
+from hilbertcell.analyses.gene_table import condition_names, natural_cells
 from hilbertcell.analyses.law_summary import (
     LawScores,
     jsonable,
     score_targets,
     summarise_law,
 )
-from hilbertcell.analyses.predictors import Fitter, Predictor, Screen, baseline_fitters, hilbertcell_fitter
+from hilbertcell.analyses.predictors import (
+    Fitter,
+    Predictor,
+    Screen,
+    baseline_fitters,
+    hilbertcell_fitter,
+    training_replicates,
+)
 from hilbertcell.data.populations import Populations
 from hilbertcell.data.splits import (
     Split,
@@ -66,14 +73,15 @@ def benchmark(
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task(f"benchmark, {len(splits)} folds", total=len(splits) * len(fitters))
         for fold in splits:
+            source = training_source(screen, fold, seed)
             predictors = {}
             for name, fitter in fitters.items():
-                predictors[name] = fit_fold(screen, fold, fitter)
+                predictors[name] = fit_fold(screen, fold, fitter, source)
                 bar.advance(task)
-            law, labels = law_fold(screen, fold, predictors, unit, seed)
+            law, labels = law_fold(source, fold, predictors, unit, seed)
             laws.append(law)
             targets.append(labels)
-            if with_cells and fold.name == "unseen_batch":
+            if with_cells:
                 cells.append(cell_fold(screen, fold, predictors, seed))
     result: dict[str, Any] = {
         "split": split,
@@ -92,10 +100,13 @@ def benchmark(
     return jsonable(result)
 
 
-def fit_fold(screen: Screen, split: Split, fitter: Fitter) -> Predictor:
-    """Fit on what the split leaves for training. Raises: LeakError, SplitError if it was made for other data."""
+def fit_fold(screen: Screen, split: Split, fitter: Fitter, source: Screen | None = None) -> Predictor:
+    """Fit on what the split leaves for training, of `source` (the same populations with fewer cells) if given.
+
+    Raises: LeakError, SplitError if the split was made for other data than those of `screen`.
+    """
     check_same_data(split, screen.populations.labels)
-    training = screen.select(training_mask(split, screen.populations.labels))
+    training = (source or screen).select(training_mask(split, screen.populations.labels))
     check_no_leak(split, training.populations.labels.index)
     return fitter(training)
 
@@ -145,23 +156,27 @@ def cell_units(labels: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 def cell_fold(
     screen: Screen, split: Split, predictors: Mapping[str, Predictor], seed: int
 ) -> dict[str, pd.DataFrame]:
-    """Scores of every predictor that makes cells, a row per unit of one split.
+    """Scores of every predictor that makes cells, a row per unit of one split, and of the units of a (context, batch).
 
     The controls of each unit are cut in two by a hash of the cells' names: one half is given, the other is the
-    reference of the tests on both sides. Prediction, truth and training cells are cut to the same number.
+    reference of the tests on both sides. Prediction, truth and training cells are cut to the same number. Where a split
+    leaves controls in training, predictors must have been fitted on `without_references`.
     """
     populations = screen.populations
     units = cell_units(populations.labels, split.held_out)
     training = populations.labels[training_mask(split, populations.labels)]
-    pool = training[~training["is_control"]].groupby(["context", "perturbation"])["num_cells"].sum()
-    pairs = list(zip(units["context"], units["perturbation"], strict=True))
-    available = np.array([int(pool.get(pair, 0)) for pair in pairs], dtype=int)
+    condition = condition_names(training)
+    available = np.array(
+        [
+            training["num_cells"][training_replicates(training, condition, context, wanted)].sum()
+            for context, wanted in zip(units["context"], condition_names(units), strict=True)
+        ],
+        dtype=int,
+    )
     units, available = units[available >= MIN_PERTURBED], available[available >= MIN_PERTURBED]
     if not len(units):
         return {}
-    given = populations.select(given_mask(split, populations.labels))
-    for name in units["control"].unique():
-        given = given.keep_cells(name, int(given.labels.loc[name, "num_cells"]) // 2, seed)
+    given = _halved(given_screen(screen, split, seed).populations, units["control"], seed)
     half = given.labels.loc[units["control"], "num_cells"].to_numpy()
     number = np.minimum(np.minimum(units["num_cells"].to_numpy(), half), available)
     rng = np.random.default_rng(seed)
@@ -178,8 +193,37 @@ def cell_fold(
         if predictor.cells is not None:
             predicted = predictor.cells(Screen(given), units.drop(columns="control"), number, seed)
             rows = [score_cells(*cells) for cells in zip(predicted, truth, references, strict=True)]
-            scores[name] = pd.DataFrame(rows, index=units.index).assign(batch=units["batch"])
+            table = pd.DataFrame(rows, index=units.index)
+            effect, true_effect = (
+                np.array(
+                    [cells.mean(0) - control.mean(0) for cells, control in zip(side, references, strict=True)]
+                )
+                for side in (predicted, truth)
+            )
+            scores[name] = score_groups(table, units, effect, true_effect, populations.genes).assign(
+                batch=units["batch"]
+            )
     return scores
+
+
+def training_source(screen: Screen, split: Split, seed: int) -> Screen:
+    """What fits of this split may read: without the references of `cell_fold` where controls of its units are in training."""
+    labels = screen.populations.labels
+    controls = cell_units(labels, split.held_out)["control"]
+    seen = labels.index[training_mask(split, labels)]
+    return without_references(screen, split, seed) if controls.isin(seen).any() else screen
+
+
+def without_references(screen: Screen, split: Split, seed: int) -> Screen:
+    """The same populations less the control cells that `cell_fold` keeps as references of this split's units."""
+    labels = screen.populations.labels
+    return Screen(_halved(screen.populations, cell_units(labels, split.held_out)["control"], seed))
+
+
+def _halved(populations: Populations, controls: pd.Series, seed: int) -> Populations:
+    for name in controls.unique():
+        populations = populations.keep_cells(name, int(populations.labels.loc[name, "num_cells"]) // 2, seed)
+    return populations
 
 
 def concatenate_units(folds: Sequence[Mapping[str, pd.DataFrame]]) -> dict[str, pd.DataFrame]:
@@ -194,6 +238,12 @@ def concatenate_laws(folds: Sequence[Mapping[str, LawScores]]) -> dict[str, LawS
         name: LawScores(
             pd.concat([fold[name].targets for fold in folds]),
             np.concatenate([fold[name].pit for fold in folds]),
+            _stacked([fold[name].residual for fold in folds]),
         )
         for name in folds[0]
     }
+
+
+def _stacked(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None

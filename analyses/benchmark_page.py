@@ -1,7 +1,9 @@
 """Assemble docs/benchmarks.md from the parts that benchmarks write: `python -m hilbertcell.analyses.benchmark_page`."""
 
+import argparse
 import os
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +17,13 @@ t(0.95, D - 1) sd / sqrt(D), Holm-adjusted over baselines.
 """
 
 SECTIONS = {
+    "grid": """## Every shared screen and split
+
+`hilbertcell benchmark --config analyses/benchmarks/shared.toml --out benchmark`; what the columns mean, and which splits are
+made of which screen, is said in [evaluation](evaluation.md). PerturbDiff has no row yet.
+
+![CRPS of every model as a multiple of the null, coloured by verdicts](images/benchmark.png)
+""",
     "bodenmiller_plain": """## A donor whose controls alone are known (`bodenmiller_bcrxl_cytof`)
 
 `python -m hilbertcell.analyses.first_benchmarks --only bodenmiller`. Leave one of six donors out; 5 cell types (without
@@ -32,14 +41,46 @@ The 20 cells are of one type, scores are on the other types: mean over the types
 
 `python -m hilbertcell.analyses.first_benchmarks --only kang`. Leave one of six donors out; units of at least 20 stimulated
 and 40 control cells. Controls are split in two: one half is transported, the other is the reference for differential
-expression of prediction and truth alike. Beside: real stimulated cells of the training donors. These figures precede the
-last change of count transport and have to be made again: donor 101 then gave hilbertcell an energy distance of 0.134
-where this table rests on 0.067.
+expression of prediction and truth alike. Beside: real stimulated cells of the training donors.
+""",
+    "simulated_unseen_batch": """## Simulated donors: unseen batches
+
+`python -m hilbertcell.analyses.simulated_benchmark --only unseen_batch`. Worlds of `SimulatorSettings` (300 genes, 3 contexts,
+A, B, A+B and an inert perturbation, mixed responders) with 24 training and 8 test batches, whose settings were fixed before
+any model was fitted to them. The oracle knows the world and sees the same controls: what lies between it and the null is
+all that can be won. It covers less than 90 % where the mean of a rare gene in few cells is not Gaussian, and so do all.
+""",
+    "simulated_unseen_pair": """## Simulated donors: unseen (context, perturbation) pairs
+
+`python -m hilbertcell.analyses.simulated_benchmark --only unseen_pair`. A quarter of the pairs is hidden in all 32 batches.
+The null is the perturbation mean: its mean shift in the other contexts, added to the given controls. The oracle knows what
+is particular to the hidden pairs, which nobody can: it is a floor, not a goal.
+""",
+    "simulated_unseen_perturbation": """## Simulated donors: unseen perturbations
+
+`python -m hilbertcell.analyses.simulated_benchmark --only unseen_perturbation`. 20 perturbations with 4 features that explain
+70 % of the variance of effects, 2 contexts, 24 batches; 4 perturbations are hidden. The null is the mean over perturbations:
+their mean shift in the context, added to the given controls. Uninformative features are random numbers.
+""",
+    "calibration": """## Are the posteriors right? (simulated from the program)
+
+`python -m hilbertcell.analyses.calibration_benchmark`. Simulation-based calibration of NUTS, of a sampler that is wrong on
+purpose, and of variational inference; joint coverage of all quantities by TARP. Invariants and predictions are compared,
+loadings and microenvironments alone are known up to rotation.
 """,
     "count_transport": """## Count transport given the true means (`papalexi_eccite_crispr`)
 
-`python -m hilbertcell.analyses.transport_benchmark --seeds 1`. Two kinds of target: the means of the true cells themselves, and source
-means plus the mean effect measured on other cells.
+`python -m hilbertcell.analyses.transport_benchmark`. Five kinds of target and two ceilings: what the best decoder could reach
+with a target that holds the sampling error of the cells it was made from.
+""",
+    "size": """## 2,000 populations x 2,000 genes
+
+`python -m hilbertcell.analyses.size_benchmark`. About 40,000 simulated cells; a fit, and 500 draws of the populations of
+as many new batches, each step in a process of its own.
+""",
+    "streaming": """## A million cells against merely reading them
+
+`make bench-streaming`. The one pass over the cells that a fit needs (`data.moments.stream_moments`).
 """,
 }
 
@@ -55,6 +96,22 @@ def assemble(docs: Path) -> str:
     return "\n".join(page)
 
 
-if __name__ == "__main__":
+def take_grid(grid: Path, docs: Path) -> None:
+    """Copy table and figure of `hilbertcell benchmark --config ... --out GRID` to where the page looks for them."""
+    for source, target in (("table.md", "_parts/grid.md"), ("figure.png", "images/benchmark.png")):
+        shutil.copyfile(grid / source, docs / target)
+
+
+def main() -> None:
+    """Take over a grid if one is given, and write the page."""
+    parser = argparse.ArgumentParser(prog="hilbertcell.analyses.benchmark_page", description=__doc__)
+    parser.add_argument("--grid", type=Path, help="folder that `hilbertcell benchmark --config` wrote")
+    options = parser.parse_args()
     folder = Path("docs")
+    if options.grid is not None:
+        take_grid(options.grid, folder)
     (folder / "benchmarks.md").write_text(assemble(folder))
+
+
+if __name__ == "__main__":
+    main()

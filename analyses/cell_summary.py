@@ -1,12 +1,13 @@
 """Predicted cells against held-out cells, unit by unit: point metrics, DE genes, energy distance, within variance."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from hilbertcell.analyses.differential_expression import de_summary
+from hilbertcell.analyses.discrimination import NORMS, count_spearman, discrimination
 from hilbertcell.analyses.law_summary import ratio_to
 from hilbertcell.analyses.metrics import (
     energy_distance,
@@ -15,9 +16,14 @@ from hilbertcell.analyses.metrics import (
     pearson_delta,
     within_variance_ratio,
 )
+from hilbertcell.analyses.verdicts import verdicts
 
 TRAINING_CELLS = "training cells"
 RATIOS = ("pearson", "mae", "energy_distance", "overlap_at_N", "precision_at_N")
+JUDGED = {
+    "energy_distance": 1.0,
+    "precision_at_N": -1.0,
+}  # sign: verdicts take scores that are better when smaller
 
 
 def score_cells(prediction: np.ndarray, truth: np.ndarray, reference: np.ndarray | None) -> dict[str, float]:
@@ -44,13 +50,46 @@ def score_cells(prediction: np.ndarray, truth: np.ndarray, reference: np.ndarray
     return scores
 
 
+def score_groups(
+    table: pd.DataFrame, units: pd.DataFrame, predicted: np.ndarray, true: np.ndarray, genes: np.ndarray
+) -> pd.DataFrame:
+    """`table` with scores over the perturbations of each (context, batch): nan where there is one only.
+
+    `discrimination_l1`, `_l2`, `_cosine` of effects (units, G) and `count_spearman`, the same in every row of a group.
+    Combinations keep all genes in the distances: no gene has their name.
+    """
+    table = table.copy()
+    for norm in NORMS:
+        table[f"discrimination_{norm}"] = np.nan
+    table["count_spearman"] = np.nan
+    place = np.arange(len(units))
+    for _, rows in pd.Series(place).groupby([units["context"].to_numpy(), units["batch"].to_numpy()]):
+        one = rows.to_numpy()
+        if len(one) < 2:
+            continue
+        names = units["perturbation"].astype(str).iloc[one].tolist()
+        for norm in NORMS:
+            scores = discrimination(predicted[one], true[one], genes, names, norm)
+            table.iloc[one, table.columns.get_loc(f"discrimination_{norm}")] = scores
+        if "called" in table:
+            called, known = (table[column].to_numpy()[one] for column in ("called", "true"))
+            table.iloc[one, table.columns.get_loc("count_spearman")] = count_spearman(called, known)
+    return table
+
+
 def summarise_cells(
-    units: Mapping[str, pd.DataFrame], batch: pd.Series, seed: int = 0, baseline: str = TRAINING_CELLS
+    units: Mapping[str, pd.DataFrame],
+    batch: pd.Series,
+    seed: int = 0,
+    baseline: str = TRAINING_CELLS,
+    bounds: Collection[str] = (),
 ) -> dict[str, Any]:
     """Compare models on units (rows), first averaged within batches: means, per batch, ratios to the baseline.
 
     `units` maps a model to its scores, a row per unit; `batch` gives the batch of each unit. `called_ratio` is that of
-    the sums over all units (genes called over true DE genes), since a unit may have no true ones.
+    the sums over all units (genes called over true DE genes), since a unit may have no true ones. Verdicts on the
+    `JUDGED` metrics are against every other model that makes cells, on the batches where all have them; models named in
+    `bounds` know the truth and take no part in them. `worst_unit` is the one with the largest energy distance.
     """
     by_batch = {name: table.groupby(batch.to_numpy(), sort=True).mean() for name, table in units.items()}
     result: dict[str, Any] = {
@@ -75,8 +114,31 @@ def summarise_cells(
             "mean": mean,
             "per_batch": {column: table[column].tolist() for column in table},
             f"relative_to_{baseline.replace(' ', '_')}": relative,
+            "verdicts": _verdicts(name, by_batch, bounds),
+            "worst_unit": {
+                "unit": str(units[name]["energy_distance"].idxmax()),
+                "energy_distance": float(units[name]["energy_distance"].max()),
+            },
         }
     return result
+
+
+def _verdicts(
+    name: str, by_batch: Mapping[str, pd.DataFrame], bounds: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    judged = [other for other in by_batch if other not in bounds]
+    found: dict[str, dict[str, Any]] = {}
+    for column, sign in JUDGED.items():
+        if name not in judged or len(judged) < 2 or any(column not in by_batch[other] for other in judged):
+            continue
+        scores = {other: sign * by_batch[other][column].to_numpy() for other in judged}
+        known = np.isfinite(np.stack(list(scores.values()))).all(0)
+        if known.any():
+            against = {other: values[known] for other, values in scores.items() if other != name}
+            found[column] = {
+                other: vars(verdict) for other, verdict in verdicts(scores[name][known], against).items()
+            }
+    return found
 
 
 def cell_rows(summary: Mapping[str, Any], baseline: str = TRAINING_CELLS) -> pd.DataFrame:

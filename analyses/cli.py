@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hilbertcell.analyses.cli_support import (
+    InferenceOption,
     KeyOptions,
     SplitName,
     UsageProblem,
     check_output,
+    chosen_settings,
     command,
     existing,
     notices,
@@ -63,7 +65,7 @@ def _given(metavar: str, text: str, least: int | None = None) -> object:
     return typer.Option(metavar=metavar, help=text, show_default=False, min=least)
 
 
-Cells = Annotated[Path, _file("FILE", "Cells, as h5ad.")]
+Cells = Annotated[Path, _file("FILE", "Cells, as h5ad or zarr.")]
 Draws = Annotated[Path, _file("DRAWS.nc", "Draws that `predict` wrote.")]
 Force = Annotated[bool, _flag("--force", "Replace an output that exists.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.", min=0, metavar="N")]
@@ -124,25 +126,29 @@ def fit(
     ] = None,
     seed: Seed = 0,
     settings: Annotated[Path | None, _given("FILE.toml", "Settings other than the default ones.")] = None,
+    inference: InferenceOption = None,
     force: Force = False,
 ) -> None:
     """Fit the hidden-factor program to the populations of a file."""
     check_output(out, force, file, contents=FIT_FILES)
     from hilbertcell.data.splits import Split
     from hilbertcell.inference.fit import fit as fit_program
-    from hilbertcell.inference.settings import Settings
 
-    chosen = None if settings is None else Settings.from_toml(existing(settings))
+    chosen = chosen_settings(settings, inference)
     hidden = None if holdout is None else Split.load(existing(holdout))
-    fitted = fit_program(keys.read(file), holdout=hidden, seed=seed, settings=chosen, progress=True)
+    kept = out.with_name(f".{out.name}.streaming")
+    fitted = fit_program(
+        keys.read(file), holdout=hidden, seed=seed, settings=chosen, resume=kept, progress=True
+    )
     fitted.save(out, force=force)
-    notices.print(f"fit written to {out}", highlight=False, markup=False)
+    for line in (*fitted.inference_notices, f"fit written to {out}"):
+        notices.print(line, highlight=False, markup=False)
 
 
 @command(app)
 def predict(
     fit: Annotated[Path, _file("FITDIR", "Folder that `fit` wrote.")],
-    file: Annotated[Path, _file("FILE", "Control cells of the batches to predict for, as h5ad.")],
+    file: Annotated[Path, _file("FILE", "Control cells of the batches to predict for, as h5ad or zarr.")],
     out: Annotated[Path, _out("DRAWS.nc", "Where the draws are written.")],
     targets: Annotated[
         Path | None,
@@ -176,7 +182,6 @@ def predict(
     )
     if cells is not None:
         check_output(cells, force, file, out)
-    from hilbertcell.data.draws_io import write_draws
     from hilbertcell.inference.fit import load_fit
 
     wanted = None if targets is None else _read_targets(existing(targets))
@@ -187,30 +192,31 @@ def predict(
         notices.print(
             f"{unused:,} perturbed cells of {file} are ignored (--observe learns from them)", highlight=False
         )
-    drawn = fitted.predict(
-        populations,
-        targets=wanted,
-        num_samples=num_samples,
-        seed=seed,
-        observe=observe,
-        new_batch=new_batch,
-        progress=True,
-    )
-    if cells is not None:
-        sampled = fitted.sample_cells(
-            drawn,
-            populations,
-            cells_per_population=cells_per_population,
-            draw_index=draw_index,
-            num_draws=draws,
-            seed=seed,
-        )
-        with whole_output(cells) as path:
-            sampled.write_h5ad(path, compression="gzip")
-        notices.print(f"{sampled.n_obs:,} cells written to {cells}", highlight=False, markup=False)
     with whole_output(out) as path:
-        write_draws(drawn, path)
-    sizes = drawn["predictions"].sizes
+        drawn = fitted.predict(
+            populations,
+            targets=wanted,
+            num_samples=num_samples,
+            seed=seed,
+            observe=observe,
+            new_batch=new_batch,
+            out=path,
+            progress=True,
+        )
+        if cells is not None:
+            sampled = fitted.sample_cells(
+                drawn,
+                populations,
+                cells_per_population=cells_per_population,
+                draw_index=draw_index,
+                num_draws=draws,
+                seed=seed,
+            )
+            with whole_output(cells) as cells_path:
+                sampled.write_h5ad(cells_path, compression="gzip")
+            notices.print(f"{sampled.n_obs:,} cells written to {cells}", highlight=False, markup=False)
+        sizes = drawn["predictions"].sizes
+        drawn.close()
     notices.print(
         f"{sizes['draw']:,} draws of {sizes['population']:,} populations written to {out}",
         highlight=False,
@@ -243,14 +249,29 @@ def evaluate(
 
 @command(app)
 def benchmark(
-    file: Cells,
-    keys: KeyOptions,
-    split: Annotated[SplitName, typer.Option(help="What is hidden.", show_default=False)],
-    out: Annotated[Path, _out("RESULTS.json", "Where the results are written.")],
+    out: Annotated[Path, _out("PATH", "Where the results are written: JSON; with --config, a folder.")],
+    file: Annotated[Path | None, _file("FILE", "Cells, as h5ad; or --config.")] = None,
+    keys: KeyOptions | None = None,
+    split: Annotated[SplitName | None, typer.Option(help="What is hidden.", show_default=False)] = None,
+    config: Annotated[Path | None, _given("FILE.toml", "Data sets x splits x models x seeds.")] = None,
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
-    """Hide, fit, predict and score, beside the baselines that any model must beat."""
+    """Hide, fit, predict and score, beside the baselines that any model must beat.
+
+    With --config, what the folder already holds is not computed again.
+    """
+    if config is not None:
+        if file is not None or keys is not None or split is not None or seed:
+            raise UsageProblem(
+                "--config says what is compared: FILE, its keys, --split and --seed stand in it"
+            )
+        _benchmark_grid(existing(config), out)
+        return
+    if file is None or keys is None or split is None:
+        raise UsageProblem(
+            "missing: FILE with --perturbation, --control, --context, --batch and --split; or --config FILE.toml"
+        )
     check_output(out, force, file)
     from hilbertcell.analyses.benchmark import benchmark as run_benchmark
     from hilbertcell.analyses.scores_table import print_scores
@@ -258,6 +279,22 @@ def benchmark(
     scores = run_benchmark(keys.read(file), split.value, seed=seed, progress=True)
     _write_json(scores, out)
     print_scores(scores, results)
+
+
+def _benchmark_grid(config: Path, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageProblem(f"{out}: is a file and the output is a folder; name another output")
+    from hilbertcell.analyses.benchmark_config import BenchmarkConfig
+    from hilbertcell.analyses.grid_output import run_and_write
+
+    outcome = run_and_write(BenchmarkConfig.from_toml(config), out, progress=True)
+    for text in outcome.failed:
+        notices.print(f"failed: {text}", highlight=False, markup=False)
+    notices.print(
+        f"{outcome.computed:,} of {len(outcome.paths):,} cells computed now; tables and figure written to {out}",
+        highlight=False,
+        markup=False,
+    )
 
 
 @command(app)

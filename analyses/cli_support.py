@@ -17,6 +17,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from hilbertcell.data.populations import Populations
+    from hilbertcell.inference.settings import Settings
 
 results = Console()
 notices = Console(stderr=True)
@@ -34,6 +35,30 @@ class Scale(StrEnum):
     counts = "counts"
     log1p = "log1p"
     other = "other"
+
+
+class InferenceName(StrEnum):
+    """How a program is learned; the setting `inference`."""
+
+    svi = "svi"
+    nuts = "nuts"
+    auto = "auto"
+
+
+InferenceOption = Annotated[
+    InferenceName | None,
+    typer.Option(
+        "--inference", help="auto: nuts where it takes about two minutes at most.", show_default=False
+    ),
+]
+
+
+def chosen_settings(path: Path | None, inference: InferenceName | None) -> "Settings":
+    """Settings of a TOML file, or the default ones; a flag goes before the file."""
+    from hilbertcell.inference.settings import Settings
+
+    chosen = Settings() if path is None else Settings.from_toml(existing(path))
+    return chosen if inference is None else chosen.model_copy(update={"inference": inference.value})
 
 
 class SplitName(StrEnum):

@@ -1,7 +1,7 @@
 """Score stored draws against the populations that were held out: needs the draws and the true cells, no other file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.populations import Keys, Populations
 from hilbertcell.data.splits import LeakError
 from hilbertcell.data.validation import DataError, listing
+from hilbertcell.inference.gene_draws import gene_draws
 from hilbertcell.models.baselines import shift_law
 
 MODEL = "prediction"
@@ -63,13 +64,19 @@ def evaluate(
     table = gene_table(truth)
     target = table.rows(wanted)
     unit = table.total_sd() if keys.scale == "other" else np.ones(len(truth.genes))
-    mean = predictions["mean"].sel(population=wanted).values.reshape(-1, len(wanted), len(truth.genes))
-    null = _null_draws(draws, wanted, len(mean), seed)
-    scores = {MODEL: score_targets(np.asarray(mean, dtype=np.float64), target, unit, seed)}
-    if np.isfinite(null).all((0, 2)).any():  # else no target's pair was seen in training: there is no null
-        scores = {NULL: score_targets(null, target, unit, seed)} | scores
+    num_draws = predictions.sizes["chain"] * predictions.sizes["draw"]
+    own = (gene_draws(draws, "mean", name)[:, None] for name in wanted)
+    null = _null_draws(draws, wanted, num_draws, seed)
+    scores = {
+        NULL: score_targets(null, target, unit, seed),
+        MODEL: score_targets(own, target, unit, seed),
+    }
+    if (
+        not scores[NULL].targets["crps"].notna().any()
+    ):  # no target's pair was seen in training: there is no null
+        del scores[NULL]
     result: dict[str, Any] = {
-        "num_draws": len(mean),
+        "num_draws": num_draws,
         "unit": "standard deviation of each gene over all cells of the truth"
         if keys.scale == "other"
         else keys.scale,
@@ -99,21 +106,21 @@ def _check_leaks(attrs: Mapping[str, Any], targets: pd.Index) -> None:
         )
 
 
-def _null_draws(draws: xr.DataTree, names: pd.Index, num_draws: int, seed: int) -> np.ndarray:
-    """Draws (S, T, G) of the null for these targets; nan where their pair was never seen or controls are absent."""
+def _null_draws(draws: xr.DataTree, names: pd.Index, num_draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Draws (S, 1, G) of the null for each target; nan where its pair was never seen or controls are absent."""
     constant = draws["constant_data"].dataset.sel(population=names)
     control_mean = draws["observed_data"].dataset["control_mean"].sel(population=names).values
     number = constant["training_num_batches"].values.astype(np.float64)
     shift_sd = np.nan_to_num(constant["training_shift_sd"].values)  # one batch cannot say how batches differ
-    return shift_law(
-        control_mean.astype(np.float64),
-        constant["control_variance"].values / constant["control_n"].values[:, None],
-        constant["training_shift"].values.astype(np.float64),
-        shift_sd.astype(np.float64) ** 2,
-        np.where(number > 0, number, np.nan),
-        num_draws,
-        np.random.default_rng(seed),
-    )
+    noise = constant["control_variance"].values / constant["control_n"].values[:, None]
+    shift = constant["training_shift"].values.astype(np.float64)
+    rng = np.random.default_rng(seed)
+    for t in range(len(names)):
+        one = slice(t, t + 1)
+        yield shift_law(
+            control_mean[one].astype(np.float64), noise[one], shift[one], shift_sd[one].astype(np.float64) ** 2,
+            np.where(number > 0, number, np.nan)[one], num_draws, rng,
+        )  # fmt: skip
 
 
 def _evaluate_cells(

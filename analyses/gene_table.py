@@ -77,6 +77,16 @@ def condition_names(labels: pd.DataFrame) -> pd.Series:
     return labels["perturbation"].astype(str) + dose.astype(str)
 
 
+def condition_rows(training: pd.DataFrame, targets: pd.DataFrame) -> pd.DataFrame:
+    """One row (perturbation, dose) per condition of the perturbed training populations, then of the targets.
+
+    The index holds their names; the codes of `baseline_inputs` are its positions.
+    """
+    both = pd.concat([training[~training["is_control"]], targets])[["perturbation", "dose"]]
+    both.index = pd.Index(condition_names(both))
+    return both[~both.index.duplicated()]
+
+
 def baseline_inputs(
     training: GeneTable, given: GeneTable, targets: pd.DataFrame
 ) -> tuple[TrainingTable, Targets]:
@@ -86,7 +96,7 @@ def baseline_inputs(
     """
     contexts = pd.Index(pd.concat([training.labels["context"], targets["context"]]).unique())
     known, wanted = condition_names(training.labels), condition_names(targets)
-    conditions = pd.Index(pd.concat([known[~training.labels["is_control"]], wanted]).unique())
+    conditions = condition_rows(training.labels, targets).index
     batches = pd.Index(training.labels["batch"].unique())
     table = TrainingTable(
         mean=training.mean,

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
 
+from hilbertcell.analyses import conformal
+
 LEVELS = (50, 80, 90, 95)  # central intervals reported everywhere, in per cent
 
 
@@ -118,7 +120,9 @@ def score_law(
 
     Returns arrays (T, G): `excess` (squared error of the mean of the draws, less the truth's noise and less the
     Monte Carlo variance of that mean, so that it does not depend on S), `crps`, `pit`, and for each level
-    `covered_90` (0/1) and `width_90` of the noisy draws. Entries whose truth, noise or draws are missing are nan.
+    `covered_90` (0/1) and `width_90` of the noisy draws; `residual`, the truth's distance from the centre of the 80 %
+    interval in half widths, is what conformal widening calibrates. Entries whose truth, noise or draws are missing are
+    nan.
     """
     if draws.shape[1:] != truth_mean.shape or truth_mean.shape != truth_noise_variance.shape:
         raise ValueError(
@@ -130,6 +134,7 @@ def score_law(
         "excess",
         "crps",
         "pit",
+        "residual",
         *(f"{kind}_{level}" for level in LEVELS for kind in ("covered", "width")),
     ]
     scores: dict[str, np.ndarray] = {name: np.full(truth_mean.shape, np.nan) for name in names}
@@ -148,6 +153,8 @@ def score_law(
             lower, upper = interval(observable, level)
             row[f"covered_{level}"] = (lower <= truth) & (truth <= upper)
             row[f"width_{level}"] = upper - lower
+            if level == conformal.LEVEL:
+                row["residual"] = conformal.residual(lower, upper, truth)
         for name, values in row.items():
             scores[name][t, known] = values
     return scores

@@ -18,13 +18,15 @@ from hilbertcell.analyses.gene_table import (
     GeneTable,
     baseline_inputs,
     condition_names,
+    condition_rows,
     controls_of,
     gene_table,
     natural_cells,
 )
 from hilbertcell.data.anndata_io import read_populations
+from hilbertcell.data.perturbations import perturbation_table
 from hilbertcell.data.populations import Populations
-from hilbertcell.models import baselines
+from hilbertcell.models import baselines, linear_baselines
 
 if TYPE_CHECKING:
     from hilbertcell.inference.settings import Settings
@@ -66,14 +68,16 @@ Fitter = Callable[[Screen], Predictor]
 
 
 def baseline_fitters(num_draws: int = 500) -> dict[str, Fitter]:
-    """The baselines of a first benchmark, by the names that tables show."""
+    """The baselines of evaluation, by the names that tables show; 'null' is the (context, perturbation) mean shift."""
     return {
-        "null": _from_table(baselines.mean_shift_null, num_draws),
+        "null": _from_table(baselines.mean_shift_null, num_draws, moves_controls=True),
         "no change": no_change_fitter(num_draws),
         "training means": _from_table(baselines.perturbation_mean, num_draws),
         "training cells": training_cells_fitter(num_draws),
         "Student-t null": _from_table(baselines.student_t_null, num_draws),
-        "own-baseline slope": _from_table(baselines.own_baseline_slope, num_draws),
+        "own-baseline slope": _from_table(baselines.own_baseline_slope, num_draws, moves_controls=True),
+        "additive": _from_table(linear_baselines.additive, num_draws, moves_controls=True),
+        "ridge": _from_table(linear_baselines.ridge, num_draws, moves_controls=True, features=True),
     }
 
 
@@ -84,31 +88,13 @@ def no_change_fitter(num_draws: int) -> Fitter:
         _, wanted = baseline_inputs(training, given.table, targets)
         return baselines.no_change(wanted, num_draws, np.random.default_rng(seed))
 
-    def cells(given: Screen, targets: pd.DataFrame, num_cells: np.ndarray, seed: int) -> list[np.ndarray]:
-        rng = np.random.default_rng(seed)
-        labels = given.populations.labels
-        control = labels["is_control"].to_numpy(dtype=bool)
-        return [
-            _cells_of(
-                given.populations,
-                labels.index[
-                    control
-                    & (labels["context"] == context).to_numpy()
-                    & (labels["batch"] == batch).to_numpy()
-                ],
-                number,
-                rng,
-            )
-            for context, batch, number in zip(targets["context"], targets["batch"], num_cells, strict=True)
-        ]
-
     return lambda training: Predictor(
-        lambda given, targets, seed: law(given, targets, seed, training.table), cells
+        lambda given, targets, seed: law(given, targets, seed, training.table), _control_cells
     )
 
 
 def training_cells_fitter(num_draws: int) -> Fitter:
-    """Real perturbed cells of the training batches, same context and condition, pooled.
+    """Real perturbed cells of the training batches, same context and condition, pooled (see `training_replicates`).
 
     As a law it is one population, with the sampling noise of as many cells as the batch has controls: all the
     spread that a model of one population has.
@@ -119,8 +105,7 @@ def training_cells_fitter(num_draws: int) -> Fitter:
         condition = condition_names(labels)
 
         def replicates(context: str, wanted: str) -> np.ndarray:
-            rows = ((condition == wanted) & (labels["context"] == context) & ~labels["is_control"]).to_numpy()
-            return rows if rows.any() else ((condition == wanted) & ~labels["is_control"]).to_numpy()
+            return training_replicates(labels, condition, context, wanted)
 
         def law(given: Screen, targets: pd.DataFrame, seed: int) -> np.ndarray:
             _, _, number = controls_of([given.table, training.table], targets)
@@ -140,7 +125,7 @@ def training_cells_fitter(num_draws: int) -> Fitter:
             rng = np.random.default_rng(seed)
             pairs = zip(targets["context"], condition_names(targets), strict=True)
             return [
-                _cells_of(training.populations, labels.index[replicates(*pair)], number, rng)
+                cells_of_populations(training.populations, labels.index[replicates(*pair)], number, rng)
                 for pair, number in zip(pairs, num_cells, strict=True)
             ]
 
@@ -183,7 +168,7 @@ def hilbertcell_fitter(
             populations = read_populations(predicted, **vars(keys), require=("perturbed",))
             rng = np.random.default_rng(seed)
             return [
-                _cells_of(populations, [name], number, rng)
+                cells_of_populations(populations, [name], number, rng)
                 for name, number in zip(targets.index, num_cells, strict=True)
             ]
 
@@ -192,20 +177,88 @@ def hilbertcell_fitter(
     return fitter
 
 
-def _from_table(baseline: Callable[..., np.ndarray], num_draws: int) -> Fitter:
-    """A baseline that needs the table of means only."""
+def training_replicates(labels: pd.DataFrame, condition: pd.Series, context: str, wanted: str) -> np.ndarray:
+    """Training populations (P,) bool that stand for a target: same context and condition.
+
+    For a pair that was never seen its condition in other contexts; for an unseen condition all of its context.
+    """
+    perturbed = ~labels["is_control"]
+    choices = (
+        perturbed & (condition == wanted) & (labels["context"] == context),
+        perturbed & (condition == wanted),
+        perturbed & (labels["context"] == context),
+    )
+    return next((rows for rows in choices if rows.any()), choices[-1]).to_numpy(dtype=bool)
+
+
+def _from_table(
+    baseline: Callable[..., np.ndarray], num_draws: int, moves_controls: bool = False, features: bool = False
+) -> Fitter:
+    """A baseline that needs the table of means only, and with `features` the inputs of `condition_features`.
+
+    With `moves_controls` it also makes cells: those given controls, each moved by the predicted mean shift. On log1p
+    values a moved cell may be negative; it is what such a baseline predicts, and metrics see it as it is.
+    """
 
     def fitter(training: Screen) -> Predictor:
         def law(given: Screen, targets: pd.DataFrame, seed: int) -> np.ndarray:
             table, wanted = baseline_inputs(training.table, given.table, targets)
-            return baseline(table, wanted, num_draws, np.random.default_rng(seed))
+            inputs = [condition_features(training.populations, targets)] if features else []
+            return baseline(table, wanted, num_draws, np.random.default_rng(seed), *inputs)
 
-        return Predictor(law)
+        def cells(given: Screen, targets: pd.DataFrame, num_cells: np.ndarray, seed: int) -> list[np.ndarray]:
+            control, _, _ = controls_of([given.table], targets)
+            shift = law(given, targets, seed).mean(0) - control
+            chosen = _control_cells(given, targets, num_cells, seed)
+            return [own + moved for own, moved in zip(chosen, shift, strict=True)]
+
+        return Predictor(law, cells if moves_controls else None)
 
     return fitter
 
 
-def _cells_of(
+def condition_features(training: Populations, targets: pd.DataFrame) -> np.ndarray:
+    """Inputs (K, F) of each condition of `baseline_inputs`: which one it is, its dose, and features if there are any.
+
+    Which one it is is known of training conditions only. The three blocks have equal weight in training.
+    """
+    rows = condition_rows(training.labels, targets)
+    known = rows.index.isin(condition_rows(training.labels, targets[:0]).index)
+    dose = np.log(rows["dose"].where(rows["dose"] > 0))
+    blocks = [
+        np.where(known[:, None], np.eye(len(rows)), 0.0),
+        (dose - dose[known].mean()).fillna(0.0).to_numpy()[:, None],
+    ]
+    if training.perturbation_features is not None:
+        names = list(dict.fromkeys(rows["perturbation"].astype(str)))
+        table = perturbation_table(names, training.keys.control, features=training.perturbation_features)
+        assert table.features is not None
+        blocks.append(table.features[[names.index(name) for name in rows["perturbation"].astype(str)]])
+    scales = [np.sqrt(block[known].var(0).sum()) for block in blocks]
+    return np.hstack([block / (scale or 1.0) for block, scale in zip(blocks, scales, strict=True)])
+
+
+def _control_cells(
+    given: Screen, targets: pd.DataFrame, num_cells: np.ndarray, seed: int
+) -> list[np.ndarray]:
+    """For each target that many given control cells of its (context, batch)."""
+    rng = np.random.default_rng(seed)
+    labels = given.populations.labels
+    control = labels["is_control"].to_numpy(dtype=bool)
+    return [
+        cells_of_populations(
+            given.populations,
+            labels.index[
+                control & (labels["context"] == context).to_numpy() & (labels["batch"] == batch).to_numpy()
+            ],
+            number,
+            rng,
+        )
+        for context, batch, number in zip(targets["context"], targets["batch"], num_cells, strict=True)
+    ]
+
+
+def cells_of_populations(
     populations: Populations, names: Sequence[str] | pd.Index, number: int, rng: np.random.Generator
 ) -> np.ndarray:
     """`number` cells (number, G) of the pooled populations, without replacement. Raises: ValueError if too few."""

@@ -94,6 +94,7 @@ def within_codes(labels: pd.DataFrame, contexts: Sequence[str]) -> np.ndarray:
 def shrunken_covariance(moments: Moments, prior: WithinPrior, contexts: Sequence[str]) -> WithinCovariance:
     """Within-population covariances of `moments`, each leaning on its class."""
     codes = within_codes(moments.labels, contexts)
+    codes = np.where(codes < len(prior.class_variance), codes, -1)  # a class that training did not see
     return prior.shrink(moments.n, moments.variance, moments.factor_covariance, codes)
 
 

@@ -81,8 +81,13 @@ def target_constants(
         else:
             out["sd_log_ratio"][t] = 0.0
         position = 2 * fit.names.contexts.index(context) + 1
-        variance = fit.prior.class_variance[position, :num_genes]
-        out["noise_variance"][t] = np.mean([p.variance for p in found], axis=0) if found else variance
+        classes = (
+            fit.prior.class_variance
+        )  # the last contexts may have had no perturbed population in training
+        variance = classes[position] if position < len(classes) else fit.prior.pooled_variance
+        out["noise_variance"][t] = (
+            np.mean([p.variance for p in found], axis=0) if found else variance[:num_genes]
+        )
     constants: dict[str, Any] = {name: (("population", "gene"), values) for name, values in out.items()}
     constants |= {
         "control_n": ("population", control_n),

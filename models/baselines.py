@@ -115,7 +115,7 @@ def mean_shift_null(
     """The null: given controls + mean shift of the training batches, spread as the training batches spread.
 
     A Gaussian with variance `(1 + 1/D) variance between batches + noise of the given controls`, see `shift_law`.
-    On `bodenmiller_bcrxl_cytof`, leaving one donor out, it gives the row 'the null' of the design: excess squared
+    On `bodenmiller_bcrxl_cytof`, leaving one donor out, it gives: excess squared
     error 0.0542, CRPS 0.1323, cover 0.849 with the variance of the cells divided by n, and 0.0539, 0.1324,
     0.844 with the unbiased one (n - 1) that is used here.
     """
@@ -175,6 +175,7 @@ def own_baseline_slope(
 ) -> np.ndarray:
     """A shift that depends on the batch's own control level: r = a(context, condition) + B (control - its mean).
 
+    The mean is that of the context: where a pair was never seen, its controls in training; without these, its own.
     One slope B per gene and condition, pooled over contexts (`fit_slopes`); the rest is a Gaussian around it whose
     variance is plugged in: `(1 + 1/D) residual variance between batches (noise-corrected, D - 2 degrees of freedom)
     + (1 + B)^2 noise of the given controls + (control - its mean)^2 variance of B`.
@@ -185,12 +186,12 @@ def own_baseline_slope(
     mean, variance = np.empty_like(targets.control_mean), np.empty_like(targets.control_mean)
     for t, rows in enumerate(groups):
         b = slopes[targets.condition[t]]
-        center = shifts.control_mean[rows].mean(0)
-        residual = shifts.shift[rows] - b.slope * (shifts.control_mean[rows] - center)
+        centers = _context_centers(shifts, rows)
+        residual = shifts.shift[rows] - b.slope * (shifts.control_mean[rows] - centers)
         # the residual is m_pert - (1 + B) m_ctrl, up to constants: this is the noise in it
         noise = shifts.noise[rows] + (1 + b.slope) ** 2 * shifts.control_noise[rows]
         level, spread, number = _mean_and_spread(residual, noise, fitted=2)
-        deviation = targets.control_mean[t] - center
+        deviation = targets.control_mean[t] - _own_center(table, shifts, rows, targets, t)
         mean[t] = targets.control_mean[t] + level + b.slope * deviation
         variance[t] = (
             spread * (1 + 1 / number)
@@ -198,6 +199,23 @@ def own_baseline_slope(
             + deviation**2 * b.variance
         )
     return _normal(mean, variance, num_draws, rng)
+
+
+def _context_centers(shifts: Shifts, rows: np.ndarray) -> np.ndarray:
+    """For each replicate (R, G) the mean control level of the replicates of its context."""
+    contexts = shifts.context[rows]
+    return np.stack([shifts.control_mean[rows[contexts == c]].mean(0) for c in contexts])
+
+
+def _own_center(
+    table: TrainingTable, shifts: Shifts, rows: np.ndarray, targets: Targets, t: int
+) -> np.ndarray:
+    """The control level (G,) from which a target's own one deviates."""
+    own = rows[shifts.context[rows] == targets.context[t]]
+    if own.size:
+        return shifts.control_mean[own].mean(0)
+    controls = (table.condition == CONTROL) & (table.context == targets.context[t])
+    return table.mean[controls].mean(0) if controls.any() else targets.control_mean[t]
 
 
 def fit_slopes(shifts: Shifts, condition: int) -> Slopes:

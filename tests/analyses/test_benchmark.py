@@ -12,6 +12,7 @@ from hilbertcell.analyses.benchmark import (
     fit_fold,
     given_screen,
     law_fold,
+    training_source,
 )
 from hilbertcell.analyses.cell_summary import cell_rows, score_cells, summarise_cells
 from hilbertcell.analyses.gene_table import GeneTable, controls_of, gene_table, natural_cells
@@ -111,7 +112,7 @@ def test_the_baselines_stand_in_the_right_order(baseline_summary):
     assert ratio["upper_90"] < 1
     assert len(ratio["per_batch"]) == 6
     assert baseline_summary["num_targets"] == 12
-    assert law_rows(baseline_summary).shape[0] == 6
+    assert law_rows(baseline_summary).shape[0] == len(baseline_fitters())
 
 
 def test_an_oracle_is_calibrated_and_a_planted_fraud_moves_its_score(screen, populations):
@@ -303,5 +304,26 @@ def test_benchmark_end_to_end_with_a_stand_in_for_the_model(populations, monkeyp
     models = json.loads(text)["law"]["models"]
     assert models["hilbertcell"]["mean"] == models["training cells"]["mean"]
     assert results["cells"]["num_units"] == 12
-    assert [len(results[kind]["models"]) for kind in ("law", "cells")] == [7, 3]
-    assert "cells" not in module.benchmark(populations, "unseen_context", num_samples=20)
+    assert [len(results[kind]["models"]) for kind in ("law", "cells")] == [9, 7]
+
+
+def test_references_of_cells_are_kept_from_fits_that_see_the_controls(populations, screen):
+    split = make_split(populations.labels, "unseen_context", 0)
+    source = training_source(screen, split, seed=0)
+    seen, references = [], []
+
+    def spy(training):
+        seen.append({*training.populations.cell_names[training.populations.cell_population >= 0]})
+        return baseline_fitters(20)["no change"](training)
+
+    predictor = fit_fold(screen, split, spy, source)
+    scores = cell_fold(screen, split, {"no change": predictor}, 0)["no change"]
+    assert len(scores) == 6  # the hidden context of six donors
+    control = [name.replace("drug", "ctrl") for name in split.held_out]
+    for name in control:
+        half = set(source.populations.cells_of(name).tolist())
+        references += [p for p in populations.cells_of(name) if p not in half]
+    assert len(references) == 6 * 30
+    assert not seen[0].intersection(populations.cell_names[references])
+    left_out = leave_one_batch_out(populations.labels)[0]
+    assert training_source(screen, left_out, 0) is screen  # there the controls are not in training

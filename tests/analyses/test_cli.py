@@ -31,11 +31,11 @@ KEY_OPTIONS = {
 OPTIONS = {
     "inspect": KEY_OPTIONS,
     "split": KEY_OPTIONS | {"--split", "--out", "--seed", "--force"},
-    "fit": KEY_OPTIONS | {"--out", "--holdout", "--seed", "--settings", "--force"},
+    "fit": KEY_OPTIONS | {"--out", "--holdout", "--seed", "--settings", "--inference", "--force"},
     "predict": {"--out", "--targets", "--num-samples", "--seed", "--observe", "--new-batch", "--cells"}
     | {"--cells-per-population", "--draw-index", "--draws", "--force"},
     "evaluate": {"--cells", "--out", "--force"},
-    "benchmark": KEY_OPTIONS | {"--split", "--out", "--seed", "--force"},
+    "benchmark": KEY_OPTIONS | {"--split", "--config", "--out", "--seed", "--force"},
     "report": {"--out", "--force"},
     "simulate": {"--out", "--seed", "--force"},
     "demo": KEY_OPTIONS | {"--out", "--force"},

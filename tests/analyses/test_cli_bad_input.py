@@ -174,8 +174,8 @@ BAD_CALLS = [
     BadCall(
         "folder_as_file", "inspect folder KEYS", "'folder': is a folder", "give the path of an .h5ad file"
     ),
-    BadCall("text_as_h5ad", "inspect text.txt KEYS", "text.txt", "give a complete .h5ad file"),
-    BadCall("truncated", "inspect truncated.h5ad KEYS", "truncated.h5ad", "give a complete .h5ad file"),
+    BadCall("text_as_h5ad", "inspect text.txt KEYS", "text.txt", "give an .h5ad file that is whole"),
+    BadCall("truncated", "inspect truncated.h5ad KEYS", "truncated.h5ad", "give an .h5ad file that is whole"),
     BadCall("no_keys", "inspect screen.h5ad", "Missing option '--perturbation'", "--help"),
     BadCall(
         "scale_name",

@@ -111,7 +111,9 @@ def test_the_null_is_that_of_the_training_populations(scores, everything):
     found = scores["law"]["models"]["null"]["mean"]
     assert found["excess"] == pytest.approx(expected["excess"].mean(), rel=0.02)
     assert found["crps"] == pytest.approx(expected["crps"].mean(), rel=0.03)
-    assert found["width_90"] == pytest.approx(expected["width_90"].mean(), rel=0.03)
+    # A width from 200 draws is known to 6 %; targets x genes of them are averaged.
+    error = 0.06 / np.sqrt(len(targets) * len(everything.genes))
+    assert found["width_90"] == pytest.approx(expected["width_90"].mean(), rel=4 * error)
 
 
 def test_genes_are_brought_into_order_and_cells_may_be_reordered(tree, everything, scores):

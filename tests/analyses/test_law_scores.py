@@ -87,7 +87,7 @@ def test_score_law_is_calibrated_when_the_law_is_true_and_says_so_when_it_is_nar
     truth = latent + np.sqrt(noise) * rng.normal(size=latent.shape)
     variance = np.full_like(truth, noise)
     right = score_law(rng.normal(size=(200, *latent.shape)), truth, variance, rng)
-    assert set(right) == {"excess", "crps", "pit"} | {
+    assert set(right) == {"excess", "crps", "pit", "residual"} | {
         f"{k}_{lev}" for lev in LEVELS for k in ("covered", "width")
     }
     for level in LEVELS:

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from hilbertcell.data.validation import DataError
+from hilbertcell.inference.fit import fit
 
-from .conftest import make_screen, populations_of
+from .conftest import SETTINGS, make_screen, populations_of
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,17 @@ def test_a_context_without_controls_is_predicted_more_widely(without_d5, d5):
     )  # fmt: skip
     assert np.isfinite(part["predictions"]["mean"]).all()
     assert full["predictions"]["mean"].shape[2] == 2
+
+
+def test_a_context_that_training_saw_unperturbed_is_predicted_from_the_others(screen, d5):
+    labels = screen.labels
+    hidden = (labels["context"] == "spleen") & ~labels["is_control"]
+    fitted = fit(screen.select(~hidden & (labels["batch"] != "d5")), settings=SETTINGS)
+    tree = fitted.predict(d5, num_samples=20, observe=False)
+    unseen = tree["constant_data"].dataset.sel(population="spleen | A | d5")
+    assert np.isfinite(tree["predictions"]["mean"]).all()
+    assert (unseen["noise_variance"] > 0).all()
+    assert int(unseen["training_num_batches"]) == 0
 
 
 def test_other_genes_scale_or_context_are_refused(without_d5, d5):
