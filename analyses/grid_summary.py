@@ -130,7 +130,7 @@ def grid_markdown(rows: Sequence[Mapping[str, Any]], failed: Sequence[str] = ())
     text = []
     if any(MODEL in _models(row) for row in rows):
         text.append(
-            f"{MODEL} loses: "
+            f"Rows that {MODEL} loses: "
             + ("; ".join(_coloured("loses", words) for words in lost) if lost else "nowhere.")
             + "\n"
         )
