@@ -178,9 +178,11 @@ def test_losses_of_the_suite_come_first_and_in_red():
     row = {"data_set": "tiny", "split": "few_shot", "folds": 1, "incomplete": [], "law": law}
     assert losses([row]) == ["tiny, few_shot: CRPS against null"]
     text = grid_markdown([row])
-    assert text.startswith('hilbertcell loses: <span style="color:#c62828">tiny, few_shot: CRPS against null')
+    assert text.startswith(
+        'Rows that hilbertcell loses: <span style="color:#c62828">tiny, few_shot: CRPS against null'
+    )
     suite["verdicts"] = {}
-    assert grid_markdown([row]).startswith("hilbertcell loses: nowhere.")
+    assert grid_markdown([row]).startswith("Rows that hilbertcell loses: nowhere.")
 
 
 def test_folds_leave_out_every_batch_once(populations):
