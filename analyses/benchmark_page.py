@@ -20,7 +20,8 @@ SECTIONS = {
     "grid": """## Every shared screen and split
 
 `hilbertcell benchmark --config analyses/benchmarks/shared.toml --out benchmark`; what the columns mean, and which splits are
-made of which screen, is said in [evaluation](evaluation.md). PerturbDiff has no row yet.
+made of which screen, is said in [evaluation](evaluation.md). PerturbDiff has no row yet. With fewer than four batches
+(`papalexi`, `ova`) every verdict is 'undecided'.
 
 ![CRPS of every model as a multiple of the null, coloured by verdicts](images/benchmark.png)
 """,
