@@ -9,7 +9,7 @@ from pathlib import Path
 
 HEAD = """# Benchmarks
 
-Written by `make bench` (it needs the real data, see the README); nothing on this page is typed by hand but the words.
+Written by `make bench` (it needs the real data, see the README), section by section at different times; nothing on this page is typed by hand but the words.
 Machine: {machine}. Ratios stand beside their jackknife standard errors over batches, per-batch values follow. Truth is
 the absolute mean of a held-out population: only its own sampling noise is taken off squared errors or added to draws.
 Verdicts follow one rule: a model loses to a baseline if the mean of its paired per-batch differences exceeds
@@ -19,9 +19,10 @@ t(0.95, D - 1) sd / sqrt(D), Holm-adjusted over baselines.
 SECTIONS = {
     "grid": """## Every shared screen and split
 
-`hilbertcell benchmark --config analyses/benchmarks/shared.toml --out benchmark`; what the columns mean, and which splits are
+`hilbertcell benchmark --config analyses/benchmarks/shared.toml --out .benchmark`; what the columns mean, and which splits are
 made of which screen, is said in [evaluation](evaluation.md). PerturbDiff has no row yet. With fewer than four batches
-(`papalexi`, `ova`) every verdict is 'undecided'.
+(`papalexi`, `ova`) every verdict is 'undecided'. The row of `ova` was made by itself, after a crash was mended; the others
+stand from the run before.
 
 ![CRPS of every model as a multiple of the null, coloured by verdicts](images/benchmark.png)
 """,
@@ -72,7 +73,7 @@ loadings and microenvironments alone are known up to rotation.
     "count_transport": """## Count transport given the true means (`papalexi_eccite_crispr`)
 
 `python -m hilbertcell.analyses.transport_benchmark`. Five kinds of target and two ceilings: what the best decoder could reach
-with a target that holds the sampling error of the cells it was made from.
+with a target that holds the sampling error of the cells it was made from. Speeds were taken while other programs ran.
 """,
     "size": """## 2,000 populations x 2,000 genes
 

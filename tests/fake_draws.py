@@ -7,15 +7,7 @@ from itertools import product
 import numpy as np
 import xarray as xr
 
-COMPONENTS = (
-    "perturbation",
-    "context",
-    "interaction",
-    "own baseline",
-    "microenvironment",
-    "residual",
-    "sampling noise",
-)
+from hilbertcell.inference.draws_tree import COMPONENTS
 
 
 def fake_draws(
