@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from numpyro import handlers
 
+from hilbertcell.models.dose_curves import dose_curve
 from hilbertcell.models.effects import extend_effects, similarity_kernels
 from hilbertcell.models.hidden_factors import hidden_factor_program
 from hilbertcell.models.microenvironment import (
@@ -102,8 +103,8 @@ def draw_globals(
 ) -> Iterator[tuple[slice, Globals]]:
     """Draws of the globals in blocks, extended to all conditions of `names`.
 
-    Conditions that training did not see are drawn from their prior given the others; a (perturbation, dose)
-    never seen draws its strength and its own loadings from the prior.
+    Conditions that training did not see are drawn from their prior given the others; the strength and the own
+    loadings of a (perturbation, dose) never seen are drawn given those of the perturbation's doses that were.
     """
     num_known, num_new = len(fit.names.conditions), len(names.conditions) - len(fit.names.conditions)
     key_sites, key_extend = jax.random.split(jax.random.key(seed))
@@ -116,7 +117,8 @@ def draw_globals(
         # A kernel that training could not tell apart from others had no amplitude there; it stays switched off.
         switched_on = similarity_kernels(fit.names.structure(fit.perturbations))
         stacked = jnp.asarray(np.stack([kernels[name] for name in switched_on]))
-        level = names.level_index()
+        level, curve = names.level_index(), dose_curve(names.levels, len(fit.names.levels))
+        first = np.unique(level[:num_known], return_index=True)[1]  # a condition of each level seen
 
         def extend(key: Array, amplitudes: Array, drawn: Globals) -> Globals:
             key_effect, key_strength, key_modulation = jax.random.split(key, 3)
@@ -124,11 +126,12 @@ def draw_globals(
             effect = extend_effects(
                 stacked, amplitudes, drawn.effect_scale, drawn.effect, np.arange(num_known), noise
             )
-            by_level = jnp.abs(jax.random.normal(key_strength, (len(names.levels),), drawn.effect.dtype))
-            by_level = by_level.at[level[:num_known]].set(drawn.strength)
             if len(fit.names.levels) == 1:  # without several levels strength is no unknown but the unit
-                by_level = jnp.ones_like(by_level)
-            modulation = extend_modulation(key_modulation, drawn, level, num_known)
+                by_level = jnp.ones(len(names.levels), drawn.effect.dtype)
+            else:  # half normal: a standard normal without its sign
+                white = jax.random.normal(key_strength, (len(curve.weights),), drawn.effect.dtype)
+                by_level = jnp.abs(curve.extend(drawn.strength[first], white))
+            modulation = extend_modulation(key_modulation, drawn, level, first, curve)
             return drawn._replace(effect=effect, strength=by_level[level], modulation=modulation)
 
         extend_all = compiled(jax.vmap(extend))

@@ -17,7 +17,7 @@ from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import constraints
 
 # Response curves are smooth over about one decade of dose: the usual slope of a Hill curve with coefficient 1.
-_DOSE_DECADES = 1.0
+DOSE_DECADES = 1.0
 # Share of a kernel's mean diagonal added for a stable Cholesky factor in float64.
 _JITTER = 1e-8
 _HALF_LOG_2PI = 0.9189385332046727
@@ -59,7 +59,7 @@ def similarity_kernels(conditions: Conditions) -> dict[str, np.ndarray]:
         kernels["features"] = conditions.features @ conditions.features.T / conditions.features.shape[1]
     log_dose = np.log10(conditions.dose)
     if len(np.unique(log_dose[np.isfinite(log_dose)])) > 1:
-        distance = np.nan_to_num(log_dose[:, None] - log_dose[None, :]) / _DOSE_DECADES
+        distance = np.nan_to_num(log_dose[:, None] - log_dose[None, :]) / DOSE_DECADES
         near = np.exp(-0.5 * distance**2)
         kernels["dose"] = shared * near
         if several_contexts:

@@ -27,6 +27,8 @@ from jax import Array
 from jax.scipy.linalg import cho_solve, solve_triangular
 from numpyro.distributions import constraints
 
+from hilbertcell.models.dose_curves import DoseCurve
+
 _LOG_2PI = 1.8378770664093453
 
 
@@ -167,19 +169,18 @@ def log_density(globals_: Globals, batch: Observations) -> Array:
     return _eliminate(globals_, batch).log_density
 
 
-def extend_modulation(key: Array, globals_: Globals, level: np.ndarray, num_known: int) -> Array | None:
-    """Modulations (K, E', D) of conditions of which the first `num_known` are those of `globals_`.
+def extend_modulation(
+    key: Array, globals_: Globals, level: np.ndarray, first: np.ndarray, curve: DoseCurve
+) -> Array | None:
+    """Modulations (K, E', D) of conditions of levels (E',), some of them unknown to `globals_` (`None`: no modulation).
 
-    `level` (E',) says which conditions share one; a level never seen is drawn from its prior.
+    `first` (L,) is a condition of each known level; a level never seen is drawn given `curve`.
     """
     if globals_.modulation is None or globals_.modulation_scale is None:
         return None
-    num_factors, num_features = globals_.modulation_scale.shape
-    white = jax.random.normal(
-        key, (num_factors, int(level.max()) + 1, num_features), globals_.modulation.dtype
-    )
-    by_level = globals_.modulation_scale[:, None] * white
-    return by_level.at[:, level[:num_known]].set(globals_.modulation)[:, level]
+    known = jnp.swapaxes(globals_.modulation[:, first], 0, 1)  # (L, K, D)
+    white = jax.random.normal(key, (len(curve.weights), *known.shape[1:]), known.dtype)
+    return jnp.swapaxes(curve.extend(known, globals_.modulation_scale * white), 0, 1)[:, level]
 
 
 class Latents(NamedTuple):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
+from hilbertcell.models.dose_curves import dose_curve
 from hilbertcell.models.microenvironment import (
     Globals,
     Observations,
@@ -175,13 +176,15 @@ def test_a_condition_never_seen_shares_the_modulation_of_its_level_or_draws_one(
     globals_, _ = make(6)
     level = np.array([0, 1, 2, 3, 4, 5, 1, 6, 6])  # one more condition of level 1, two of a level never seen
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = np.asarray(jax.vmap(lambda key: extend_modulation(key, globals_, level, E))(keys))
+    curve = dose_curve([(f"P{i}", -1.0) for i in range(7)], E)
+    first = np.arange(E)
+    drawn = np.asarray(jax.vmap(lambda key: extend_modulation(key, globals_, level, first, curve))(keys))
     np.testing.assert_array_equal(drawn[:, :, :E], np.broadcast_to(globals_.modulation, (4000, K, E, D)))
     np.testing.assert_array_equal(drawn[:, :, 6], drawn[:, :, 1])
     np.testing.assert_array_equal(drawn[:, :, 7], drawn[:, :, 8])
     ratio = drawn[:, :, 7].std(0) / np.asarray(globals_.modulation_scale)
     assert np.abs(ratio - 1).max() < 4.5 / np.sqrt(2 * 4000)
-    assert extend_modulation(keys[0], globals_._replace(modulation=None), level, E) is None
+    assert extend_modulation(keys[0], globals_._replace(modulation=None), level, first, curve) is None
 
 
 def test_without_modulations_all_conditions_load_alike():
