@@ -27,7 +27,11 @@ from hilbertcell.inference.calibration import (
 
 # Warm-up, draws kept, steps per draw, depth of trees: draws near enough to independent.
 NUTS = (200, 30, 10, 5)
-SVI_DRAWS, SVI_STEPS, SVI_RATE = 200, 1000, 0.05  # steps and rate are the defaults of a fit
+SVI_DRAWS, SVI_STEPS, SVI_RATE = (
+    200,
+    6000,
+    0.05,
+)  # steps and rate are those of a fit to tables as small as these
 
 
 def uniformity(nuts: Calibration, variational: Calibration) -> pd.DataFrame:

@@ -8,18 +8,31 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 
+from hilbertcell.models.microenvironment import Observations
+
 # Gradients of the collapsed density are dominated by a few scales early on; clipping keeps Adam's second moments sane.
 _CLIP_NORM = 50.0
 _FINAL_RATE = 0.02  # share of the learning rate left at the last step: averages out the noise of the gradient
+# Observed means from which a table is large. It has no time for more than 1,000 steps, and they take about half the
+# time in single precision; a smaller one is not at its optimum after as many, and has time for up to 6,000.
+_LARGE = 200_000
+_USUAL_STEPS = (1000, 6000)
 
 Objective = Literal["elbo", "iwae", "renyi"]
 _ORDER = {"iwae": 0.0, "renyi": 0.5}
 _MIN_PARTICLES = 8
+
+
+def usual_steps(layout: Observations) -> int:
+    """Steps that are taken if nobody says how many, for a table (B, C + J, D); in hundreds."""
+    fewest, most = _USUAL_STEPS
+    return int(np.clip(fewest * _LARGE // layout.noise.size // 100 * 100, fewest, most))
 
 
 class VariationalFit(NamedTuple):
@@ -47,14 +60,22 @@ def fit_svi(
         FloatingPointError: the ELBO became NaN or infinite; the message names the first such step.
     """
     svi = _svi(program, guide, num_steps, learning_rate, num_particles, objective)
+    leaves, structure = jax.tree.flatten(_prepared(args))
+    # What is an array is handed to the compiled loop: as a constant it would be folded, for seconds.
+    arrays = [leaf if isinstance(leaf, jax.Array) else None for leaf in leaves]
 
-    def body(state: Any, _: None) -> tuple[Any, Array]:
-        return svi.update(state, *args)
+    def whole(arrays: list[Array | None]) -> tuple[Any, ...]:
+        pairs = zip(arrays, leaves, strict=True)
+        return structure.unflatten([leaf if array is None else array for array, leaf in pairs])
 
-    block = jax.jit(lambda state: jax.lax.scan(body, state, None, length=_block_length(num_steps)))
-    state, losses = jax.jit(lambda key: svi.init(key, *args))(key), []
+    @jax.jit
+    def block(state: Any, arrays: list[Array | None]) -> tuple[Any, Array]:
+        update = lambda state, _: svi.update(state, *whole(arrays))
+        return jax.lax.scan(update, state, None, length=_block_length(num_steps))
+
+    state, losses = jax.jit(lambda key, arrays: svi.init(key, *whole(arrays)))(key, arrays), []
     for _ in range(num_steps // _block_length(num_steps)):
-        state, block_losses = block(state)
+        state, block_losses = block(state, arrays)
         losses.append(np.asarray(block_losses))
         if on_progress:
             on_progress(_block_length(num_steps))
@@ -80,9 +101,19 @@ def svi_params(
     objective: Objective = "elbo",
 ) -> dict[str, Array]:
     """Variational parameters that `fit_svi` finds, as a pure function of arrays: to be vmapped over data sets."""
-    svi = _svi(program, guide, num_steps, learning_rate, num_particles, objective)
+    svi, args = _svi(program, guide, num_steps, learning_rate, num_particles, objective), _prepared(args)
     state = svi.init(key, *args)
     return svi.get_params(jax.lax.fori_loop(0, num_steps, lambda _, s: svi.update(s, *args)[0], state))
+
+
+def _prepared(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of a program with large tables in single precision (`models.microenvironment`: what that means)."""
+    return tuple(
+        arg._replace(noise=arg.noise.astype(jnp.float32))
+        if isinstance(arg, Observations) and arg.noise.size > _LARGE
+        else arg
+        for arg in args
+    )
 
 
 def _svi(

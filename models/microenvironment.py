@@ -24,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.scipy.linalg import cho_solve, solve_triangular
 from numpyro.distributions import constraints
 
 from hilbertcell.models.dose_curves import DoseCurve
 
 _LOG_2PI = 1.8378770664093453
+_SMALL = "batch sums"  # without the axis of slots
 
 
 class Globals(NamedTuple):
@@ -86,37 +88,44 @@ class _Form(NamedTuple):
 
 
 def _eliminate(globals_: Globals, batch: Observations) -> _Form:
-    """Integrate out `x`, `d` and `u` of one batch."""
+    """Integrate out `x`, `d` and `u` of one batch.
+
+    What has slots and features has the precision of `batch.noise`, all else that of the globals.
+    """
+    full, dtype = globals_.alpha.dtype, batch.noise.dtype
     num_contexts = globals_.alpha.shape[0]
-    observed = batch.observed.astype(batch.mean.dtype)[:, None]
-    control_mask, mask = observed[:num_contexts], observed[num_contexts:]
-    strength = globals_.strength[batch.condition][:, None]
-    residual = batch.mean[num_contexts:] - globals_.alpha[batch.context] - globals_.effect[batch.condition]
-    own = 1.0 + strength * globals_.slope
-    variance = (strength * globals_.response_scale[batch.context]) ** 2 + batch.noise[num_contexts:]
+    in_context = jax.nn.one_hot(batch.context, num_contexts, axis=0, dtype=dtype)
+
+    def per_context(values: Array) -> Array:
+        return (in_context @ values).astype(full)  # a product: scattered sums are slow
+
+    def total(values: Array) -> Array:
+        return values.sum(0).astype(full).sum()  # features in full precision: they are thousands
+
+    observed = batch.observed[:, None]
+    control_mask, mask = observed[:num_contexts].astype(full), observed[num_contexts:].astype(dtype)
+    strength = globals_.strength[batch.condition][:, None].astype(dtype)
+    mean = globals_.effect[batch.condition].astype(dtype) + globals_.alpha.astype(dtype)[batch.context]
+    residual = batch.mean[num_contexts:].astype(dtype) - mean
+    own = 1.0 + strength * globals_.slope.astype(dtype)
+    spread = strength * globals_.response_scale.astype(dtype)[batch.context]
+    variance = spread**2 + batch.noise[num_contexts:]
     weight = mask / variance
     deviation = batch.mean[:num_contexts] - globals_.alpha
     control_weight = control_mask / batch.noise[:num_contexts]
     prior = globals_.baseline_scale**-2
 
-    in_context = jax.nn.one_hot(batch.context, num_contexts, axis=0, dtype=batch.mean.dtype)
-
-    def per_context(values: Array) -> Array:
-        return in_context @ values  # a product: scattered sums are slow
-
-    precision = prior + control_weight + per_context(weight * own**2)
+    known = control_weight + _kept(per_context(weight * own**2))
+    precision = prior + known
     b_one = control_weight * deviation + per_context(weight * own * residual)
-    b_d = -per_context(weight * own * strength)
-    n_one = (
-        (control_weight * deviation**2).sum(0) + (weight * residual**2).sum(0) - (b_one**2 / precision).sum(0)
-    )
-    n_one_d = -(weight * residual * strength).sum(0) - (b_one * b_d / precision).sum(0)
-    n_d = (weight * strength**2).sum(0) - (b_d**2 / precision).sum(0)
+    b_d = -_kept(per_context(weight * own * strength))
+    n_one_d = -(per_context(weight * residual * strength) + b_one * b_d / precision).sum(0)
+    n_d = (_kept(per_context(weight * strength**2)) - b_d**2 / precision).sum(0)
     # u acts through d + Lambda.u and the mean Gamma.u of x, the same for all slots
     gamma, lam = globals_.baseline_loading, globals_.response_loading
     n_one_x = -(b_one * prior / precision).sum(0)
     n_d_x = -(b_d * prior / precision).sum(0)
-    n_x = (prior * (precision - prior) / precision).sum(0)
+    n_x = (prior * known / precision).sum(0)
     b_u = prior[..., None] * gamma + b_d[..., None] * lam
     n_one_u = n_one_d[:, None] * lam + n_one_x[:, None] * gamma
     n_d_u = n_d[:, None] * lam + n_d_x[:, None] * gamma
@@ -128,21 +137,18 @@ def _eliminate(globals_: Globals, batch: Observations) -> _Form:
         + cross.T
     )
     if globals_.modulation is not None:  # and through what is particular to the condition of a slot
-        own_load = (
-            strength * globals_.modulation[:, batch.condition]
-        )  # (K, J, D): features last, or it is slow
-        loaded = weight * own_load
-        b_own = -jnp.einsum("cj,kjd->cdk", in_context, own * loaded)
-        own_d = (strength * loaded).sum(1).T - (b_d[..., None] * b_own / precision[..., None]).sum(0)
-        own_x = -(prior[..., None] * b_own / precision[..., None]).sum(0)
+        own_load = strength * globals_.modulation[:, batch.condition].astype(dtype)
+        loaded = weight * own_load  # (K, J, D): features last, or it is slow
+        b_own = -jnp.einsum("cj,kjd->cdk", in_context, own * loaded).astype(full)
+        share = b_own / precision[..., None]
+        own_d = (strength * loaded).sum(1).T.astype(full) - (b_d[..., None] * share).sum(0)
+        own_x = -(prior[..., None] * share).sum(0)
         b_u = b_u + b_own
-        n_one_u = (
-            n_one_u - (residual * loaded).sum(1).T - (b_one[..., None] * b_own / precision[..., None]).sum(0)
-        )
+        n_one_u = n_one_u - (residual * loaded).sum(1).T.astype(full) - (b_one[..., None] * share).sum(0)
         n_d_u = n_d_u + own_d
         cross = own_d.T @ lam + own_x.T @ gamma
-        n_u = n_u + cross + cross.T + jnp.einsum("kjd,ljd->kl", loaded, own_load)
-        n_u = n_u - jnp.einsum("cdk,cdl->kl", b_own / precision[..., None], b_own)
+        n_u = n_u + cross + cross.T + jnp.einsum("kjd,ljd->kl", loaded, own_load).astype(full)
+        n_u = n_u - jnp.einsum("cdk,cdl->kl", share, b_own)
 
     # d has prior precision batch_scale^-2; its Schur complement, written so that scale 0 is legal.
     gain = globals_.batch_scale**2 / (1.0 + n_d * globals_.batch_scale**2)
@@ -151,17 +157,36 @@ def _eliminate(globals_: Globals, batch: Observations) -> _Form:
     u_chol = jnp.linalg.cholesky(u_precision)
     linear = -(n_one_u - (gain * n_one_d)[:, None] * n_d_u).sum(0)
     u_mean = cho_solve((u_chol, True), linear)
+    # The quadratic form at its minimum over (x, d / batch_scale, u): nothing large is subtracted, and as the form is
+    # flat there, no gradient passes through where it is.
+    u = _fixed(u_mean)
+    d_unit = _fixed(-globals_.batch_scale * (n_one_d + n_d_u @ u) / (1.0 + n_d * globals_.batch_scale**2))
+    d = globals_.batch_scale * d_unit
+    x = _fixed((b_one + b_d * d + b_u @ u) / precision)
+    misfit = residual - own * x.astype(dtype)[batch.context] - strength * (d + lam @ u).astype(dtype)
+    if globals_.modulation is not None:
+        misfit = misfit - jnp.einsum("k,kjd->jd", u.astype(dtype), own_load)
+    square = (prior * (x - gamma @ u) ** 2 + control_weight * (deviation - x) ** 2).sum()
+    square = square + (d_unit**2).sum() + u @ u + total(weight * misfit**2)
     log_determinant = (
         jnp.log(precision / prior).sum()
         + jnp.log1p(n_d * globals_.batch_scale**2).sum()
         + 2.0 * jnp.log(jnp.diagonal(u_chol)).sum()
-        + (mask * (jnp.log(variance) + _LOG_2PI)).sum()
+        + total(mask * (jnp.log(variance) + _LOG_2PI))
         + (control_mask * (jnp.log(batch.noise[:num_contexts]) + _LOG_2PI)).sum()
     )
-    square = (n_one - gain * n_one_d**2).sum() - linear @ u_mean
     return _Form(
         precision, b_one, b_d, b_u, n_one_d, n_d_u, gain, u_mean, u_chol, -0.5 * (square + log_determinant)
     )
+
+
+def _kept(small: Array) -> Array:
+    """What gradients are computed from anew in `PopulationMeans.log_prob`, but for this."""
+    return checkpoint_name(small, _SMALL)
+
+
+def _fixed(small: Array) -> Array:
+    return _kept(jax.lax.stop_gradient(small))
 
 
 def log_density(globals_: Globals, batch: Observations) -> Array:
@@ -272,7 +297,10 @@ class PopulationMeans(dist.Distribution):
 
     def log_prob(self, value: Array) -> Array:
         """Collapsed log density per batch, (B,)."""
-        density = partial(log_density, self.globals_)
+        dtype = self.layout.noise.dtype
+        globals_ = self.globals_._replace(effect=self.globals_.effect.astype(dtype))  # once for all batches
+        density = partial(log_density, globals_)
+        keep = jax.checkpoint_policies.save_only_these_names(_SMALL)
         for _ in self.batch_shape:  # batch by batch, forgetting what gradients need: it stays in the cache
-            density = partial(jax.lax.map, jax.checkpoint(density))
-        return density(self.layout._replace(mean=value))
+            density = partial(jax.lax.map, jax.checkpoint(density, policy=keep))
+        return density(self.layout._replace(mean=value.astype(dtype)))

@@ -91,9 +91,10 @@ def test_nuts_is_calibrated_and_a_wrong_sampler_is_not():
 
 
 @pytest.mark.slow
-def test_svi_covers_predictions():
-    """Of the invariants of the program SVI is too sure (docs: benchmarks); what is predicted has its level."""
+def test_svi_covers_predictions_and_effects():
+    """Of the invariants of the program SVI is too sure (docs: benchmarks); predictions and effects have their level."""
     with jax.enable_x64(True):
-        result = calibrate(jax.random.key(0), small_experiment(), svi_posterior(200, 1000, 0.05), 300)
-    cover = coverage(result.truth["prediction"], result.draws["prediction"])
-    assert abs(cover.mean() - 0.9) < 0.04
+        result = calibrate(jax.random.key(0), small_experiment(), svi_posterior(200, 6000, 0.05), 300)
+    for name in ("prediction", "effect"):
+        cover = coverage(result.truth[name], result.draws[name])
+        assert abs(cover.mean() - 0.9) < 0.04, name

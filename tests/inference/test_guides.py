@@ -10,8 +10,10 @@ from numpyro import handlers
 from numpyro.infer.util import log_density
 from scipy.stats import multivariate_normal, norm
 
+from hilbertcell.inference import guides
 from hilbertcell.inference.guides import BlockGuide
-from hilbertcell.inference.svi import fit_svi
+from hilbertcell.inference.svi import fit_svi, usual_steps
+from hilbertcell.models.microenvironment import Observations
 
 D, N = 3, 8
 
@@ -50,6 +52,7 @@ def test_density_of_the_guide_is_that_of_its_gaussian(problem):
         "shared_tril": jnp.array([[1.3]]),
         "feature_loc": jnp.asarray(rng.standard_normal((D, 2))),
         "feature_tril": jnp.asarray(tril),
+        "feature_common": jnp.asarray(rng.standard_normal((D, 2, 1))),
     }
     seeded = handlers.seed(guide, 3)
     trace = handlers.trace(handlers.substitute(seeded, data=params)).get_trace(*problem)
@@ -58,7 +61,9 @@ def test_density_of_the_guide_is_that_of_its_gaussian(problem):
     log_scale = np.log(float(trace["scale"]["value"]))
     expected = norm(0.1 * 0.7, 0.1 * 1.3).logpdf(log_scale) - log_scale
     for g in range(D):
-        mean = 0.3 * np.asarray(params["feature_loc"][g])
+        # Given the noise of what is shared, features are shifted by it and keep their Gaussian.
+        follow = np.asarray(params["feature_common"][g]) @ np.asarray(data["_shared"])
+        mean = 0.3 * (np.asarray(params["feature_loc"][g]) + follow)
         expected += multivariate_normal(mean, 0.09 * tril[g] @ tril[g].T).logpdf(trace["weights"]["value"][g])
     assert float(density) == pytest.approx(expected, rel=1e-9)
 
@@ -105,3 +110,47 @@ def test_other_bounds_are_tighter_than_the_elbo(problem, objective):
     }
     # Same start: the first hundred steps hold guides that are alike and poor, where the bounds differ most.
     assert losses[objective][:100].mean() < losses["elbo"][:100].mean()
+
+
+def test_features_follow_what_is_shared():
+    """Weights are the shared scale plus noise: their correlations with it, and with each other, are in the guide."""
+
+    def program(outcome):
+        level = numpyro.sample("level", dist.Normal(0.0, 1.0))
+        with numpyro.plate("feature", D):
+            weight = numpyro.sample("weight", dist.Normal(level, 0.5))
+            numpyro.sample("outcome", dist.Normal(weight, 0.5), obs=outcome)
+
+    with jax.enable_x64(True):
+        args = (jnp.asarray([0.3, -0.2, 0.6]),)
+        guide = BlockGuide(
+            program,
+            *args,
+            initial={"level": 0.0, "weight": np.zeros(D)},
+            initial_sd={"weight": np.full(D, 0.3)},
+        )
+        result = fit_svi(
+            jax.random.key(0), program, guide, args, num_steps=1_000, learning_rate=0.05, num_particles=4
+        )
+        draw = jax.vmap(lambda key: guide.sample(key, result.params))
+        draws = draw(jax.random.split(jax.random.key(1), 10_000))
+    joint = np.column_stack([draws["level"], draws["weight"]])
+    precision = np.diag([1.0 + D / 0.25, *([2 / 0.25] * D)])
+    precision[0, 1:] = precision[1:, 0] = -1 / 0.25
+    covariance = np.linalg.inv(precision)
+    sd = np.sqrt(np.diag(covariance))
+    # What is left is the noise of the last gradients; dropping the coupling loses correlations of 0.3 and more.
+    np.testing.assert_allclose(np.cov(joint.T) / np.outer(sd, sd), covariance / np.outer(sd, sd), atol=0.12)
+
+
+def test_small_tables_get_more_steps():
+    def steps(*shape: int) -> int:
+        return usual_steps(Observations(*(np.broadcast_to(0.0, shape),) * 2, *(np.zeros(0),) * 3))
+
+    assert [steps(6, 10, 72), steps(10, 20, 500), steps(20, 100, 2048)] == [6000, 2000, 1000]
+
+
+def test_many_features_are_not_coupled_to_what_they_share(problem, monkeypatch):
+    assert "feature_common" in make_guide(problem).initial_params()
+    monkeypatch.setattr(guides, "_MAX_COUPLINGS", 5)  # 3 features x 2 weights x 1 scale
+    assert "feature_common" not in make_guide(problem).initial_params()

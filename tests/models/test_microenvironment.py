@@ -193,3 +193,42 @@ def test_without_modulations_all_conditions_load_alike():
     zero = globals_._replace(modulation=jnp.zeros((K, E, D)))
     assert float(log_density(none, batch)) == pytest.approx(float(log_density(zero, batch)), rel=1e-12)
     assert float(log_density(none, batch)) != pytest.approx(float(log_density(globals_, batch)), rel=1e-3)
+
+
+@jax.jit
+def density_and_gradient(globals_: Globals, table: Observations) -> tuple[jax.Array, Globals]:
+    """Log density of a table and its gradient in the globals."""
+    return jax.value_and_grad(lambda g: PopulationMeans(g, table).log_prob(table.mean).sum())(globals_)
+
+
+def test_gradients_are_those_of_finite_differences():
+    """No gradient passes through where the quadratic form has its minimum: it has to be the minimum."""
+    globals_, batch = make(4, hidden=(1, 5))
+    table = jax.tree.map(lambda leaf: leaf[None], batch)
+    rng = np.random.default_rng(5)
+    gradient = density_and_gradient(globals_, table)[1]
+    for name, value in globals_._asdict().items():
+        step = 1e-5 * rng.standard_normal(value.shape)
+        up, down = (
+            density_and_gradient(globals_._replace(**{name: value + sign * step}), table)[0]
+            for sign in (1, -1)
+        )
+        # Central differences: of second order in the step, and rounding of a density of some ten thousands.
+        assert float((getattr(gradient, name) * step).sum()) == pytest.approx(
+            float(up - down) / 2, rel=1e-4, abs=1e-9
+        ), name
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-5])
+def test_a_table_in_single_precision_keeps_the_density_and_its_gradients(noise):
+    """Populations of a dozen cells and of a million: nothing large may be subtracted from something as large."""
+    globals_, batch = make(6)
+    globals_ = globals_._replace(alpha=globals_.alpha - 100.0, strength=globals_.strength + 0.3)
+    batch = batch._replace(mean=batch.mean - 100.0, noise=noise * batch.noise)
+    table = jax.tree.map(lambda leaf: leaf[None], batch)
+    double, gradient = density_and_gradient(globals_, table)
+    found, single = density_and_gradient(globals_, table._replace(noise=table.noise.astype(jnp.float32)))
+    assert float(found) == pytest.approx(float(double), rel=1e-5)
+    assert found.dtype == jnp.float64
+    for name, one, other in zip(Globals._fields, gradient, single, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * float(jnp.abs(one).max()), err_msg=name)
