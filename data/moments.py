@@ -5,6 +5,7 @@ another one, and the sums are merged in the order of the blocks (`hilbertcell.da
 processes changes no bit of the result, the size of the blocks and the order of the cells no more than rounding.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from hilbertcell.data.populations import Populations, natural_rows
 from hilbertcell.data.progress import track_cells
 from hilbertcell.data.stores import Rows
 from hilbertcell.data.stream_progress import SAVE_SECONDS, StreamProgress, stream_key
-from hilbertcell.data.workers import ahead, in_order
+from hilbertcell.data.workers import in_order, in_threads
 
 type FeatureMap = Callable[[Any], np.ndarray]
 
 # Cells of one block in memory, as read. To merge the sums of a block, P x D numbers of them, should be little work
 # against its cells; and a process needs some five times as much memory.
-BLOCK_BYTES = 64e6
+BLOCK_BYTES = 128e6
+# Threads that sum up blocks beside each other. One in three is reading, and only one file can be read at a time.
+_MAX_THREADS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +139,11 @@ def stream_moments(
             makes its features from CSR rows, see `population_sums.Scoring`.
         loadings: (D, L), directions whose scores get a full within-population covariance.
         center: (D,), subtracted from phi before the scores are taken.
-        chunk_size: cells read at a time, 64 MB of them if None; the result does not depend on it.
+        chunk_size: cells read at a time, 128 MB of them if None; the result does not depend on it.
         progress: whether to show a progress bar.
-        workers: processes that share the blocks of files; see `workers.in_order` for what more than one asks of
-            feature_map and of the program. Cells in memory are not shared.
+        workers: processes that share the blocks of files. One does it with threads, which is faster where there are
+            few cores; see `workers.in_order` for what more than one asks of feature_map and of the program. Cells in memory
+            are not shared.
         resume: a file that keeps the sums, renewed every half minute, until the pass is complete. A pass that finds the file
             of an interrupted one over the same cells, features and blocks goes on from there, to the same bits.
 
@@ -168,7 +172,7 @@ def stream_moments(
     if workers > 1 and not any(isinstance(part, MemoryPart) for part in matrix.parts):
         found = in_order(blocks.sums, left, workers)
     else:
-        found = map(blocks.sum_up, ahead(map(blocks.read, left)))
+        found = in_threads(blocks.sums, left, min(_MAX_THREADS, os.cpu_count() or 1))
     ranges = zip((range(*rows) for rows in left), found, strict=True)
     num_left = sum(stop - start for start, stop in left)
     for _, (present, sums) in track_cells(ranges, num_left, "reading cells", progress):

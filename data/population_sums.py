@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from hilbertcell.data.stores import Rows
 
 # Values that are worked on at a time: what is made of them has to fit in the cache of a core.
-_PIECE = 2**18
+_PIECE = 2**19
 # A matrix with more stored values than this share is made dense, whose arithmetic is then the faster one.
 _DENSE = 0.3
 
@@ -165,18 +165,29 @@ def sum_cells(
 
 
 def _sparse_sums(rows: Rows, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means and sums of squares about them (groups, G) of groups of CSR rows that begin at `starts`."""
+    """Means and sums of squares about them (groups, G) of groups of CSR rows that begin at `starts`.
+
+    With y = x - r for a stored x, r the mean of all stored values of the gene, f values stored of n and m the mean,
+
+        sum (x - m)^2 = sum y^2 - 2 (m - r) sum y + f (m - r)^2 + (n - f) m^2.
+    """
     shape = len(starts), rows.shape[1]
     n = np.diff(starts, append=rows.shape[0])[:, None]
-    stored = np.diff(rows.indptr[np.append(starts, rows.shape[0])])
-    key = np.repeat(np.arange(shape[0]) * shape[1], stored)
-    key += rows.indices
-    filled = np.bincount(key, minlength=shape[0] * shape[1]).reshape(shape)
-    mean = np.bincount(key, rows.data, shape[0] * shape[1]).reshape(shape) / n
-    deviation = rows.data - mean.ravel().take(key)
+    pointers = rows.indptr[np.append(starts, rows.shape[0])]
+
+    def by_group(values: np.ndarray) -> np.ndarray:
+        # A group as one long row: genes that are stored several times are added up in the dense array.
+        return sp.csr_array((values, rows.indices, pointers), shape=shape).toarray()
+
+    total, filled = by_group(rows.data), by_group(np.ones(rows.nnz, np.int32))
+    center = total.sum(0) / np.maximum(filled.sum(0), 1)
+    deviation = rows.data - center.take(rows.indices)
     np.square(deviation, out=deviation)
-    squares = np.bincount(key, deviation, shape[0] * shape[1]).reshape(shape)
-    return mean, squares + (n - filled) * np.square(mean)
+    mean = total / n
+    from_center = mean - center
+    squares = by_group(deviation) - 2 * from_center * (total - filled * center)
+    squares += filled * np.square(from_center) + (n - filled) * np.square(mean)
+    return mean, np.maximum(squares, 0.0)
 
 
 def _dense_sums(x: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -68,13 +68,11 @@ def bytes_per_row(node: Node) -> float:
 def node_reader(node: Node, num_genes: int) -> Reader:
     """A reader of ranges of rows (start, stop) of a CSR or dense node: CSR in canonical form, or dense."""
     if not is_group(node):
+        _check_chunks(node, "; zarr leaves out chunks of zeros too: if they were, store the matrix as CSR")
         return lambda start, stop: node[start:stop]
     data, indices, pointers = node["data"], node["indices"], node["indptr"]
-    for array in (data, indices):
-        # Zarr reads a chunk that is not there as zeros. Nobody stores a chunk of zeros in a sparse matrix.
-        if hasattr(array, "nchunks_initialized") and array.nchunks_initialized < array.nchunks:
-            absent = array.nchunks - array.nchunks_initialized
-            raise OSError(f"{absent} of the {array.nchunks} chunks of {array.name} are not there")
+    for array in (data, indices):  # nobody stores a chunk of zeros in a sparse matrix
+        _check_chunks(array)
 
     def read(start: int, stop: int) -> sp.csr_array:
         indptr = pointers[start : stop + 1].astype(np.int64)
@@ -82,6 +80,18 @@ def node_reader(node: Node, num_genes: int) -> Reader:
         return canonical(data[first:last], indices[first:last], indptr - first, num_genes)
 
     return read
+
+
+def _check_chunks(array: Node, remark: str = "") -> None:
+    """Raises: OSError if chunks of a zarr array are not there, which zarr would read as zeros."""
+    if not hasattr(array, "nchunks_initialized"):
+        return
+    # Of a shard that is there all chunks count, those beyond the end of the array too.
+    stored = array.shards or array.chunks
+    in_shard = int(np.prod([shard // chunk for shard, chunk in zip(stored, array.chunks, strict=True)]))
+    total = in_shard * int(np.prod([-(-n // shard) for n, shard in zip(array.shape, stored, strict=True)]))
+    if absent := total - array.nchunks_initialized:
+        raise OSError(f"{absent} of the {total} chunks of {array.name} are not there{remark}")
 
 
 def canonical(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, num_genes: int) -> sp.csr_array:

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any
@@ -24,6 +24,17 @@ def ahead[Item](items: Iterable[Item]) -> Iterator[Item]:
             yield item  # type: ignore[misc]
 
 
+def in_threads[Item, Result](
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Iterator[Result]:
+    """function(item) of each item, in order, made by threads at most one item ahead of them.
+
+    Reading a file, NumPy and SciPy leave Python's lock to others where they work on large arrays.
+    """
+    pool = ThreadPoolExecutor(threads)
+    yield from _results(pool, lambda item: pool.submit(function, item), items, threads + 1)
+
+
 def in_order[Item, Result](
     function: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Iterator[Result]:
@@ -39,11 +50,18 @@ def in_order[Item, Result](
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_become_worker, initargs=(function,)
     )
+    yield from _results(pool, lambda item: pool.submit(_apply, item), items, 2 * workers)
+
+
+def _results[Item, Result](
+    pool: Executor, submit: Callable[[Item], Future[Result]], items: Iterable[Item], most: int
+) -> Iterator[Result]:
+    """What `submit` promises of each item, in order, with at most `most` of them under way; closes the pool."""
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(_apply, item))
-            if len(waiting) >= 2 * workers:
+            waiting.append(submit(item))
+            if len(waiting) >= most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -67,13 +67,13 @@ class FeatureMap:
         if sp.issparse(X):
             # Where values are not negative and 0 is never clipped, a gene adds to its standardised 0 the stored
             # value over its scale, clipped from above.
+            highest = self.center + MAX_DEVIATION * self.scale
             if X.data.min(initial=0.0) >= 0 and np.all(np.abs(self.center) <= MAX_DEVIATION * self.scale):
-                zero = -self.center / self.scale
-                genes = X.indices.astype(np.intp)  # what `take` wants, made once
-                added = X.data * (1 / self.scale).take(genes)
-                np.minimum(added, (MAX_DEVIATION - zero).take(genes), out=added)
-                return sp.csr_array((added, X.indices, X.indptr), shape=X.shape) @ self.directions + (
-                    zero @ self.directions
+                stored = np.minimum(X.data, highest.take(X.indices))
+                rows = sp.csr_array((stored, X.indices, X.indptr), shape=X.shape)
+                return (
+                    rows @ (self.directions / self.scale[:, None])
+                    - (self.center / self.scale) @ self.directions
                 )
             X = X.toarray()
         return np.clip((X - self.center) / self.scale, -MAX_DEVIATION, MAX_DEVIATION) @ self.directions

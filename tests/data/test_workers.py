@@ -2,22 +2,36 @@
 
 import operator
 import os
+from threading import Barrier
 
 import pytest
 
-from hilbertcell.data.workers import ahead, in_order
+from hilbertcell.data.workers import ahead, in_order, in_threads
 
 
+@pytest.mark.parametrize("beside", [in_order, in_threads])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_results_come_in_the_order_of_the_items(workers):
-    assert list(in_order(operator.neg, range(20), workers)) == [-i for i in range(20)]
+def test_results_come_in_the_order_of_the_items(workers, beside):
+    assert list(beside(operator.neg, range(20), workers)) == [-i for i in range(20)]
 
 
-def test_an_error_of_a_process_is_raised_here():
-    results = in_order(operator.inv, [1, 2.5, 3], 2)
+@pytest.mark.parametrize("beside", [in_order, in_threads])
+def test_an_error_of_a_worker_is_raised_here(beside):
+    results = beside(operator.inv, [1, 2.5, 3], 2)
     assert next(results) == -2
     with pytest.raises(TypeError, match="float"):
         list(results)
+
+
+def test_threads_work_beside_each_other_and_little_ahead():
+    together, begun = Barrier(3, timeout=10), []
+
+    def meet(item):
+        begun.append(item)
+        together.wait()  # breaks unless three items are under way at once
+
+    for done, _ in enumerate(in_threads(meet, range(9), 3), start=1):
+        assert len(begun) <= done + 3
 
 
 def test_one_process_is_this_one():

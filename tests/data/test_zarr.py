@@ -33,6 +33,30 @@ def test_a_chunk_that_is_not_there_is_no_chunk_of_zeros(array, store, read):
         read(store)
 
 
+def test_nor_is_a_shard_of_many_chunks(store, read):
+    group = zarr.open_group(store, mode="r+")
+    for name in ("data", "indices"):
+        values = group["X"][name][:]
+        copy = group["X"].create_array(
+            name, shape=values.shape, dtype=values.dtype, chunks=(100,), shards=(1000,), overwrite=True
+        )
+        copy[:] = values
+    assert read(store).num_cells == 288
+    chunks_of(store, "X/data")[0].unlink()
+    with pytest.raises(DataError, match=r"10 of the \d+ chunks of /X/data are not there"):
+        read(store)
+
+
+def test_nor_is_one_of_a_dense_matrix(make_screen, read, tmp_path):
+    adata = make_screen()
+    adata.X = adata.X.toarray()
+    adata.write_zarr(tmp_path / "dense.zarr")
+    assert read(tmp_path / "dense.zarr").num_cells == len(adata)
+    chunks_of(tmp_path / "dense.zarr", "X")[0].unlink()
+    with pytest.raises(DataError, match=r"of the .* chunks of /X are not there; zarr leaves out .* as CSR"):
+        read(tmp_path / "dense.zarr")
+
+
 @pytest.mark.parametrize("array", ["X/data", "X/indices", "X/indptr", "obs/donor/codes"])
 @pytest.mark.parametrize("kept", [0, 20])
 def test_a_chunk_that_is_cut(array, kept, store, read):
