@@ -7,21 +7,26 @@ import pandas as pd
 
 from hilbertcell.data.moments import stream_moments
 from hilbertcell.data.populations import Populations, natural_scale
+from hilbertcell.data.stores import Rows
 from hilbertcell.models.baselines import CONTROL, Targets, TrainingTable
+from hilbertcell.models.within_covariance import fit_within_prior
 
 
 @dataclass(frozen=True, eq=False)
 class GeneTable:
     """P populations: labels as in `Populations`, cells n (P,), means and within-population variances (P, G).
 
-    Natural scale (log1p-CP10k for counts). `variance` is unbiased; a population of one cell, which has none, has
-    the mean variance of the populations of its context and kind (control or perturbed).
+    Natural scale (log1p-CP10k for counts). `variance` leans on that of the populations of its context and kind
+    (control or perturbed), the more the fewer its cells: a gene that few cells express is often silent in all cells
+    of a small population, whose own variance of zero would call a mean of zero exact.
     """
 
     labels: pd.DataFrame
     n: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
+    own_variance: np.ndarray
+    """(P, G) unbiased, of the population's cells alone; nan where there is one cell."""
 
     @property
     def noise(self) -> np.ndarray:
@@ -29,17 +34,23 @@ class GeneTable:
         return self.variance / self.n[:, None]
 
     def select(self, mask: np.ndarray) -> "GeneTable":
-        """Only the populations where `mask` (P,) is true."""
-        return GeneTable(self.labels[mask], self.n[mask], self.mean[mask], self.variance[mask])
+        """Only the populations where `mask` (P,) is true; their variances lean on one another alone."""
+        return table_of(self.labels[mask], self.n[mask], self.mean[mask], self.own_variance[mask])
 
     def rows(self, names: pd.Index) -> "GeneTable":
-        """The populations of these names, in their order. Raises: KeyError if one is absent."""
+        """The populations of these names, in their order, with their noise as it is here. Raises: KeyError if one is absent."""
         order = self.labels.index.get_indexer(names)
         if (order < 0).any():
             raise KeyError(
                 f"populations {list(names[order < 0])[:3]} are not among the {len(self.labels)} here"
             )
-        return GeneTable(self.labels.iloc[order], self.n[order], self.mean[order], self.variance[order])
+        return GeneTable(
+            self.labels.iloc[order],
+            self.n[order],
+            self.mean[order],
+            self.variance[order],
+            self.own_variance[order],
+        )
 
     def total_sd(self) -> np.ndarray:
         """Standard deviation (G,) of each gene over all cells; 1 where it does not vary. Used as unit of mixed scales."""
@@ -49,20 +60,32 @@ class GeneTable:
         return np.where(total > 0, np.sqrt(total), 1.0)
 
 
+class _Genes:
+    """The feature map of genes alone; sparse rows are summed up as they are."""
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        return rows
+
+    def random_features(self, rows: Rows) -> np.ndarray:
+        return np.zeros((rows.shape[0], 0))
+
+
 def gene_table(populations: Populations, progress: bool = False) -> GeneTable:
     """One streaming pass over the cells."""
     num_genes = len(populations.genes)
-    moments = stream_moments(
-        populations, lambda x: x, np.zeros((num_genes, 1)), np.zeros(num_genes), progress=progress
-    )
-    variance = moments.variance.copy()
-    labels = populations.labels
-    for j in np.flatnonzero(moments.n < 2):
-        alike = (labels["is_control"] == labels["is_control"].iloc[j]).to_numpy() & (moments.n > 1)
-        same = alike & (labels["context"] == labels["context"].iloc[j]).to_numpy()
-        if alike.any():
-            variance[j] = moments.variance[same if same.any() else alike].mean(0)
-    return GeneTable(labels, moments.n, moments.mean, variance)
+    no_scores = np.zeros((num_genes, 0))
+    moments = stream_moments(populations, _Genes(), no_scores, np.zeros(num_genes), progress=progress)
+    return table_of(populations.labels, moments.n, moments.mean, moments.variance)
+
+
+def table_of(labels: pd.DataFrame, n: np.ndarray, mean: np.ndarray, own_variance: np.ndarray) -> GeneTable:
+    """The table of populations with these means and unbiased variances (P, G); without any variance noise is unknown."""
+    if not (n > 1).any():
+        return GeneTable(labels, n, mean, np.full_like(mean, np.nan), own_variance)
+    codes = pd.factorize(pd.MultiIndex.from_frame(labels[["context", "is_control"]]))[0]
+    no_factors = np.zeros((len(n), 0, 0))
+    prior = fit_within_prior(n, own_variance, no_factors, codes, np.zeros((mean.shape[1], 0)))
+    return GeneTable(labels, n, mean, prior.shrink_variance(n, own_variance, codes), own_variance)
 
 
 def natural_cells(populations: Populations, positions: np.ndarray) -> np.ndarray:

@@ -53,19 +53,27 @@ class WithinPrior:
         codes (P,) the class of each, -1 for a class that the fit has not seen: it leans on the pool.
         S_j* = (d0 S_class + (n_j - 1) S_j) / (d0 + n_j - 1), d0 = `population_df`.
         """
-        n, codes = np.asarray(n, np.float64), np.asarray(codes)
+        n = np.asarray(n, np.float64)
+        variance = self.shrink_variance(n, variance, codes)
+        class_scores = np.concatenate([self.class_scores, self.pooled_scores[None]])[codes]
+        scores_covariance = _blend(self._own(n), factor_covariance, class_scores)
+        factor, rest = split_unique(variance, scores_covariance, self.scores, self.loadings)
+        return WithinCovariance(n, variance, self.loadings, factor, rest)
+
+    def shrink_variance(self, n: np.ndarray, variance: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """The variances (P, D) of `shrink` alone; the same arguments, the same error."""
+        codes = np.asarray(codes)
         if codes.min(initial=-1) < -1 or codes.max(initial=-1) >= len(self.class_variance):
             raise ValueError(
                 f"class codes run from {codes.min()} to {codes.max()}, the fit has {len(self.class_variance)} "
                 "classes: give codes of the fit, or -1 for a class it has not seen"
             )
         class_variance = np.concatenate([self.class_variance, self.pooled_variance[None]])[codes]
-        class_scores = np.concatenate([self.class_scores, self.pooled_scores[None]])[codes]
-        own = np.maximum(n - 1, 0) / (self.population_df + np.maximum(n - 1, 0))
-        variance = _blend(own, variance, class_variance)
-        scores_covariance = _blend(own, factor_covariance, class_scores)
-        factor, rest = split_unique(variance, scores_covariance, self.scores, self.loadings)
-        return WithinCovariance(n, variance, self.loadings, factor, rest)
+        return _blend(self._own(n), variance, class_variance)
+
+    def _own(self, n: np.ndarray) -> np.ndarray:
+        df = np.maximum(np.asarray(n, np.float64) - 1, 0)
+        return df / (self.population_df + df)
 
     def pooled(self) -> WithinCovariance:
         """The pooled covariance C, as a single population of one cell."""

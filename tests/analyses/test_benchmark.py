@@ -15,7 +15,7 @@ from hilbertcell.analyses.benchmark import (
     training_source,
 )
 from hilbertcell.analyses.cell_summary import cell_rows, score_cells, summarise_cells
-from hilbertcell.analyses.gene_table import GeneTable, controls_of, gene_table, natural_cells
+from hilbertcell.analyses.gene_table import GeneTable, controls_of, gene_table, natural_cells, table_of
 from hilbertcell.analyses.law_summary import NULL, law_rows, score_targets, summarise_law
 from hilbertcell.analyses.predictors import Predictor, Screen, baseline_fitters
 from hilbertcell.analyses.shuffled import shuffle_batches
@@ -78,7 +78,8 @@ def test_gene_table_equals_the_cells(populations, screen):
         cells = data.X[(obs["kind"] == kind) & (obs["condition"] == condition) & (obs["donor"] == donor)]
         row = screen.table.rows(pd.Index([name]))
         np.testing.assert_allclose(row.mean[0], cells.mean(0))
-        np.testing.assert_allclose(row.noise[0], cells.var(0, ddof=1) / len(cells))
+        np.testing.assert_allclose(row.own_variance[0], cells.var(0, ddof=1))
+        assert 0.5 < np.median(row.noise[0] / cells.var(0, ddof=1) * len(cells)) < 2
     np.testing.assert_allclose(screen.table.total_sd(), data.X.std(0), rtol=0.01)  # n - 1 within
 
 
@@ -87,12 +88,34 @@ def test_a_population_of_one_cell_borrows_its_noise(populations):
     table = gene_table(populations.keep_cells(name, 1))
     j = table.labels.index.get_loc(name)
     alike = [f"B | drug | d{i}" for i in (0, 1, 3, 4, 5)]
-    np.testing.assert_allclose(table.noise[j], table.rows(pd.Index(alike)).variance.mean(0))
+    others = table.rows(pd.Index(alike))
+    np.testing.assert_allclose(table.noise[j], others.own_variance.mean(0), rtol=0.25)  # classes lean too
+
+
+def test_a_gene_silent_in_a_small_population_is_not_known_exactly():
+    rng = np.random.default_rng(0)
+    number = np.tile([10, 20, 40, 400], 4)  # cells that express each of 40 genes with probability 0.05
+    cells = [rng.random((n, 40)) < 0.05 for n in number]
+    mean, variance = (
+        np.array([f(x) for x in cells]) for f in (lambda x: x.mean(0), lambda x: x.var(0, ddof=1))
+    )
+    names = pd.Index([f"p{i}" for i in range(len(number))])
+    labels = pd.DataFrame({"context": "B", "is_control": False}, index=names)
+    table = table_of(labels, number.astype(float), mean, variance)
+    silent = mean == 0
+    assert silent.sum() > 40
+    assert (
+        0.05 / np.sqrt(table.noise[silent])
+    ).max() < 3  # standard deviations between silence and the truth
+    part = table.select(number < 400)  # what is left out tells nothing
+    assert not np.array_equal(part.noise, table.noise[number < 400])
+    np.testing.assert_array_equal(table.rows(names[:6]).noise, table.noise[:6])
 
 
 def test_given_controls_come_before_training_ones(screen):
     labels = screen.table.labels
-    other = GeneTable(labels, screen.table.n, screen.table.mean + 100, screen.table.variance)
+    own = screen.table
+    other = GeneTable(labels, own.n, own.mean + 100, own.variance, own.own_variance)
     targets = labels.loc[["T | drug | d3"]]
     mean, _, number = controls_of([other, screen.table], targets)
     np.testing.assert_allclose(mean[0], screen.table.rows(pd.Index(["T | ctrl | d3"])).mean[0] + 100)
