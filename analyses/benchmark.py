@@ -15,12 +15,14 @@ from hilbertcell.analyses.law_summary import (
     score_targets,
     summarise_law,
 )
+from hilbertcell.analyses.population_scores import NUM_POPULATIONS, score_populations
 from hilbertcell.analyses.predictors import (
     Fitter,
     Predictor,
     Screen,
     baseline_fitters,
     hilbertcell_fitter,
+    sampled_populations,
     training_replicates,
 )
 from hilbertcell.data.populations import Populations
@@ -32,6 +34,7 @@ from hilbertcell.data.splits import (
     make_split,
     training_mask,
 )
+from hilbertcell.models.feature_maps import FeatureMap, fit_feature_map
 
 if TYPE_CHECKING:
     from hilbertcell.inference.settings import Settings
@@ -39,7 +42,9 @@ if TYPE_CHECKING:
 MIN_PERTURBED = 20  # cells: below, DE tests and energy distances of a unit are noise
 MIN_CONTROL = 40  # cells: half is transported, half is the reference
 FEW_SHOT_CELLS = 20
+MAX_PILOT = 5_000  # cells that fix the feature map of a fold
 MODEL = "hilbertcell"
+type Embedding = tuple[FeatureMap, np.ndarray]
 
 
 def benchmark(
@@ -154,13 +159,18 @@ def cell_units(labels: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def cell_fold(
-    screen: Screen, split: Split, predictors: Mapping[str, Predictor], seed: int
+    screen: Screen,
+    split: Split,
+    predictors: Mapping[str, Predictor],
+    seed: int,
+    embedding: Embedding | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Scores of every predictor that makes cells, a row per unit of one split, and of the units of a (context, batch).
 
     The controls of each unit are cut in two by a hash of the cells' names: one half is given, the other is the
     reference of the tests on both sides. Prediction, truth and training cells are cut to the same number. Where a split
-    leaves controls in training, predictors must have been fitted on `without_references`.
+    leaves controls in training, predictors must have been fitted on `without_references`. With an `embedding`, whole
+    populations are scored too (`score_populations`): those that the predictor draws, or cells of as many seeds.
     """
     populations = screen.populations
     units = cell_units(populations.labels, split.held_out)
@@ -200,10 +210,20 @@ def cell_fold(
                 )
                 for side in (predicted, truth)
             )
-            scores[name] = score_groups(table, units, effect, true_effect, populations.genes).assign(
-                batch=units["batch"]
-            )
+            table = score_groups(table, units, effect, true_effect, populations.genes)
+            if embedding is not None:
+                draw = predictor.populations or sampled_populations(predictor.cells)
+                drawn = draw(Screen(given), units.drop(columns="control"), NUM_POPULATIONS, seed)
+                observed = [natural_cells(populations, populations.cells_of(unit)) for unit in units.index]
+                table = table.join(score_populations(drawn, observed, *embedding, units.index, seed))
+            scores[name] = table.assign(batch=units["batch"])
     return scores
+
+
+def shared_embedding(source: Screen, split: Split, unit: np.ndarray, seed: int) -> Embedding:
+    """The feature map in which whole populations of a fold are scored, from its training cells, and the units of genes."""
+    training = source.populations.select(training_mask(split, source.populations.labels))
+    return fit_feature_map(training.pilot(MAX_PILOT, seed)[0], seed=seed), unit
 
 
 def training_source(screen: Screen, split: Split, seed: int) -> Screen:

@@ -6,8 +6,8 @@ process, which compiles a program of their shape once.
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from hilbertcell.analyses.benchmark import MODEL, cell_fold, fit_fold, law_fold, training_source
+from hilbertcell.analyses.benchmark import (
+    MODEL,
+    Embedding,
+    cell_fold,
+    fit_fold,
+    law_fold,
+    shared_embedding,
+    training_source,
+)
 from hilbertcell.analyses.benchmark_config import BenchmarkConfig, DataSet
 from hilbertcell.analyses.benchmark_folds import folds
 from hilbertcell.analyses.bounds import CEILING, FLOOR, halves, replicate_ceiling, sampling_floor
@@ -27,13 +35,26 @@ from hilbertcell.analyses.grid_store import (
     unit_record,
     write_cell,
 )
-from hilbertcell.analyses.predictors import Fitter, Screen, baseline_fitters, hilbertcell_fitter
+from hilbertcell.analyses.neural_predictors import PERTURBDIFF, perturbdiff_fitter, perturbdiff_key
+from hilbertcell.analyses.planted_frauds import SHUFFLED, planted
+from hilbertcell.analyses.predictors import (
+    Fitter,
+    Predictor,
+    Screen,
+    baseline_fitters,
+    hilbertcell_fitter,
+)
+from hilbertcell.analyses.shuffled import shuffle_batches
 from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.populations import Populations
 from hilbertcell.data.splits import Split, SplitError, labels_hash
 from hilbertcell.data.workers import in_order
 
 CELLS = "cells"  # the folder of the stored cells
+# Rows that are made only where a configuration names them: what takes hours. From configuration and seed to a fitter.
+NAMED_ONLY: dict[str, Callable[[BenchmarkConfig, int], Fitter]] = {
+    PERTURBDIFF: lambda config, seed: perturbdiff_fitter(config.num_samples, seed)
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +70,11 @@ def model_names(config: BenchmarkConfig) -> list[str]:
     """Rows of the table, in order. Raises: ValueError for a model that is not known."""
     known = [MODEL, *baseline_fitters(2), CEILING, FLOOR]
     wanted = list(known if config.models is None else config.models)
-    unknown = [name for name in wanted if name not in known]
+    unknown = [name for name in wanted if name not in known and name not in NAMED_ONLY]
     if unknown:
-        raise ValueError(f"models = {', '.join(unknown)}: not known; choose among {', '.join(known)}")
+        raise ValueError(
+            f"models = {', '.join(unknown)}: not known; choose among {', '.join([*known, *NAMED_ONLY])}"
+        )
     if not set(wanted) - {CEILING, FLOOR}:
         raise ValueError("models = only bounds, which nothing is compared with; add a baseline")
     return wanted
@@ -110,6 +133,7 @@ def run_data_set(work: tuple[BenchmarkConfig, DataSet, Path]) -> Outcome:
         missing = {}
         for model in model_names(config):
             settings = config.settings.model_dump(mode="json") if model == MODEL else None
+            settings = perturbdiff_key() if model == PERTURBDIFF else settings
             hidden = {"held_out": split.held_out, "given": split.given}
             key = fixed | hidden | {"split": name, "seed": seed, "model": model, "settings": settings}
             path = cell_path(folder, key)
@@ -119,10 +143,11 @@ def run_data_set(work: tuple[BenchmarkConfig, DataSet, Path]) -> Outcome:
         if not missing:
             continue
         source = training_source(screen, split, seed)
+        embedding = shared_embedding(source, split, unit, seed)
         for model, (path, key) in missing.items():
             start = time.process_time()
             try:
-                scores = score_fold(screen, source, split, model, config, unit, seed)
+                scores = score_fold(screen, source, split, model, config, embedding, seed)
             except Exception as error:  # noqa: BLE001 - one failing fit must not cost the others; it is reported
                 reason = str(error).partition("\n")[0]
                 failed.append(
@@ -148,10 +173,14 @@ def score_fold(
     split: Split,
     model: str,
     config: BenchmarkConfig,
-    unit: np.ndarray,
+    embedding: Embedding,
     seed: int,
 ) -> dict[str, Any]:
-    """Scores of one model on one fold, JSON-able: `law` where it has one, `cells` where it makes some for any unit."""
+    """Scores of one model on one fold, JSON-able: `law` where it has one, `cells` where it makes some for any unit.
+
+    Those of hilbertcell hold `checks`: the same of each planted fraud, and of a fit to shuffled batches where the split
+    leaves batches out.
+    """
     truth = source
     if model == CEILING:
         first, second = halves(source.populations, list(split.held_out), seed)
@@ -161,20 +190,45 @@ def score_fold(
         predictor = sampling_floor(screen.table, config.num_samples)
     else:
         predictor = fit_fold(screen, split, _fitters(config, seed)[model], source)
-    law, labels = law_fold(truth, split, {model: predictor}, unit, seed)
-    units = cell_fold(screen, split, {model: predictor}, seed)
-    record: dict[str, Any] = {}
-    if model in law:
-        record["law"] = law_record(law[model], labels)
-    if model in units:
-        record["cells"] = unit_record(units[model])
+    unit = embedding[1]
+    record = _record(screen, truth, split, predictor, unit, seed, None if model == CEILING else embedding)
+    if model == MODEL:
+        targets = source.populations.labels.loc[list(split.held_out)]
+        record["checks"] = {
+            name: _record(screen, truth, split, fraud, unit, seed)
+            for name, fraud in planted(predictor, targets).items()
+        }
+        if split.name == "unseen_batch":
+            mixed = Screen(shuffle_batches(screen.populations, seed))
+            again = replace(split, labels_hash=labels_hash(mixed.populations.labels))
+            blind = replace(fit_fold(mixed, again, _fitters(config, seed)[MODEL]), cells=None)
+            record["checks"][SHUFFLED] = _record(mixed, mixed, again, blind, unit, seed)
     return record
 
 
+def _record(
+    screen: Screen,
+    truth: Screen,
+    split: Split,
+    predictor: Predictor,
+    unit: np.ndarray,
+    seed: int,
+    embedding: Embedding | None = None,
+) -> dict[str, Any]:
+    """What is stored of a predictor; with an `embedding`, scores of whole populations too."""
+    law, labels = law_fold(truth, split, {"": predictor}, unit, seed)
+    units = cell_fold(screen, split, {"": predictor}, seed, embedding)
+    record = {"law": law_record(law[""], labels)} if law else {}
+    return record | ({"cells": unit_record(units[""])} if units else {})
+
+
 def _fitters(config: BenchmarkConfig, seed: int) -> Mapping[str, Fitter]:
-    return baseline_fitters(config.num_samples) | {
-        MODEL: hilbertcell_fitter(config.num_samples, seed, config.settings)
-    }
+    named = {name: make(config, seed) for name, make in NAMED_ONLY.items() if name in model_names(config)}
+    return (
+        baseline_fitters(config.num_samples)
+        | {MODEL: hilbertcell_fitter(config.num_samples, seed, config.settings)}
+        | named
+    )
 
 
 def _every_fold(

@@ -1,6 +1,7 @@
 """Assemble docs/benchmarks.md from the parts that benchmarks write: `python -m hilbertcell.analyses.benchmark_page`."""
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 
 HEAD = """# Benchmarks
 
-Written by `make bench` (it needs the real data, see the README), section by section at different times; nothing on this page is typed by hand but the words.
-Machine: {machine}. Ratios stand beside their jackknife standard errors over batches, per-batch values follow. Truth is
+Written by `make bench` (it needs the real data, see the README); nothing on this page is typed by hand but the words.
+Machine: {machine}. Every section says when it was made, how long that took, and the load of the machine
+when it began. Ratios stand beside their jackknife standard errors over batches, per-batch values follow. Truth is
 the absolute mean of a held-out population: only its own sampling noise is taken off squared errors or added to draws.
 Verdicts follow one rule: a model loses to a baseline if the mean of its paired per-batch differences exceeds
 t(0.95, D - 1) sd / sqrt(D), Holm-adjusted over baselines.
@@ -20,9 +22,8 @@ SECTIONS = {
     "grid": """## Every shared screen and split
 
 `hilbertcell benchmark --config analyses/benchmarks/shared.toml --out .benchmark`; what the columns mean, and which splits are
-made of which screen, is said in [evaluation](evaluation.md). PerturbDiff has no row yet. With fewer than four batches
-(`papalexi`, `ova`) every verdict is 'undecided'. The row of `ova` was made by itself, after a crash was mended; the others
-stand from the run before.
+made of which screen, is said in [evaluation](evaluation.md). With fewer than four batches (`papalexi`, `ova`) every verdict
+is 'undecided'.
 
 ![CRPS of every model as a multiple of the null, coloured by verdicts](images/benchmark.png)
 """,
@@ -37,7 +38,8 @@ would not: shuffling ruins that null, and a slope near -1 then recovers the trai
 """,
     "bodenmiller_few_shot": """## The same with 20 stimulated cells of one cell type
 
-The 20 cells are of one type, scores are on the other types: mean over the types and over 20 choices of the cells.
+The 20 cells are of one type, scores are on the other types: mean over the types and over the choices of
+the cells (`--few-shot-draws`).
 """,
     "kang_cells": """## Cells of a donor whose controls alone are known (`kang_ifnb_wide`)
 
@@ -64,6 +66,11 @@ is particular to the hidden pairs, which nobody can: it is a floor, not a goal.
 70 % of the variance of effects, 2 contexts, 24 batches; 4 perturbations are hidden. The null is the mean over perturbations:
 their mean shift in the context, added to the given controls. Uninformative features are random numbers.
 """,
+    "simulated_structure": """## Simulated donors: do hidden factors earn their place?
+
+`python -m hilbertcell.analyses.simulated_benchmark --only structure`. Log score of whole test batches as never seen, of a fit with
+hidden factors less that of a fit without; larger is better. In a second world nothing is hidden, and nothing may be lost.
+""",
     "calibration": """## Are the posteriors right? (simulated from the program)
 
 `python -m hilbertcell.analyses.calibration_benchmark`. Simulation-based calibration of NUTS, of a sampler that is wrong on
@@ -73,7 +80,7 @@ loadings and microenvironments alone are known up to rotation.
     "count_transport": """## Count transport given the true means (`papalexi_eccite_crispr`)
 
 `python -m hilbertcell.analyses.transport_benchmark`. Five kinds of target and two ceilings: what the best decoder could reach
-with a target that holds the sampling error of the cells it was made from. Speeds were taken while other programs ran.
+with a target that holds the sampling error of the cells it was made from.
 """,
     "size": """## 2,000 populations x 2,000 genes
 
@@ -85,6 +92,9 @@ as many new batches, each step in a process of its own.
 `make bench-streaming`. The one pass over the cells that a fit needs (`data.moments.stream_moments`).
 """,
 }
+PARTS = tuple(SECTIONS)
+TIMES = "times.json"  # of the sections, beside the parts
+_MADE_BY = {"bodenmiller_plain": "bodenmiller", "bodenmiller_few_shot": "bodenmiller"}
 
 
 def assemble(docs: Path) -> str:
@@ -92,9 +102,17 @@ def assemble(docs: Path) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "numpyro", "numpy"))
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}"
     page = [HEAD.format(machine=machine)]
+    record = docs / "_parts" / TIMES
+    times = json.loads(record.read_text()) if record.exists() else {}
     for name, words in SECTIONS.items():
         part = docs / "_parts" / f"{name}.md"
         page += [words, part.read_text() if part.exists() else "*Not run.*\n"]
+        if made := times.get(_MADE_BY.get(name, name)):
+            page.append(
+                f"Made on {made['date']} in {made['seconds'] / 60:.1f} min, load {made['load']} before.\n"
+            )
+        elif part.exists() and name != "streaming":  # which says it itself
+            page.append("Made by itself, at another time than the rest.\n")
     return "\n".join(page)
 
 

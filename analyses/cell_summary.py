@@ -19,7 +19,7 @@ from hilbertcell.analyses.metrics import (
 from hilbertcell.analyses.verdicts import verdicts
 
 TRAINING_CELLS = "training cells"
-RATIOS = ("pearson", "mae", "energy_distance", "overlap_at_N", "precision_at_N")
+RATIOS = ("pearson", "mae", "energy_distance", "overlap_at_N", "precision_at_N", "population_energy")
 JUDGED = {
     "energy_distance": 1.0,
     "precision_at_N": -1.0,

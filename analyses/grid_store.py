@@ -39,7 +39,8 @@ def code_hash() -> str:
     root = Path(__file__).parent.parent
     scoring = {
         "benchmark", "benchmark_grid", "bounds", "cell_summary", "conformal", "differential_expression",
-        "discrimination", "gene_table", "law_scores", "law_summary", "metrics", "predictors",
+        "discrimination", "gene_table", "law_scores", "law_summary", "metrics", "planted_frauds",
+        "population_scores", "predictors", "shuffled",
     }  # fmt: skip
     digest = hashlib.sha256()
     for source in _SOURCES:

@@ -10,6 +10,7 @@ import xarray as xr
 from hilbertcell.analyses.benchmark import MODEL, concatenate_laws
 from hilbertcell.analyses.bounds import BOUNDS
 from hilbertcell.analyses.cell_summary import summarise_cells
+from hilbertcell.analyses.fraud_table import fraud_rows, summarise_frauds
 from hilbertcell.analyses.grid_store import law_scores, unit_scores
 from hilbertcell.analyses.law_summary import NULL, summarise_law
 
@@ -19,6 +20,7 @@ SCORES = {
     "energy_distance": "energy distance",
     "precision_at_N": "DE precision",
 }  # those on which the suite must not lose, with their titles
+BETWEEN = (16, 64, 4096)  # of the sizes that are stored, those in the table
 COLOURS = {"loses": "#c62828", "undecided": "#757575", "wins": "#2e7d32"}
 LETTERS = {"loses": "L", "undecided": "u", "wins": "W"}
 
@@ -58,6 +60,8 @@ def _compare(data_set: str, split: str, cells: Sequence[Mapping[str, Any]], seed
             labels.append(next(iter(read.values()))[1])
     if laws:
         result["law"] = summarise_law(concatenate_laws(laws), pd.concat(labels), seed, BOUNDS)
+    if frauds := summarise_frauds(cells, MODEL):
+        result["frauds"] = frauds
     units = {
         m: [unit_scores(found[m, *place]["cells"]) for place in places if "cells" in found[m, *place]]
         for m in complete
@@ -146,6 +150,9 @@ def grid_markdown(rows: Sequence[Mapping[str, Any]], failed: Sequence[str] = ())
         if row["incomplete"]:
             text.append(f"Left out, since folds are missing: {', '.join(row['incomplete'])}.\n")
         text.append(_markdown(_rows(row)))
+        if "frauds" in row:
+            text.append(f"Frauds planted in {MODEL}; bold: moved by two standard errors over batches.\n")
+            text.append(_markdown(fraud_rows(row["frauds"])))
     return "\n".join(text)
 
 
@@ -176,6 +183,10 @@ def _rows(row: Mapping[str, Any]) -> pd.DataFrame:
             "energy distance": _text(unit.get("energy_distance")),
             "DE precision": _text(unit.get("precision_at_N"), 2),
             "within": _text(unit.get("within_variance_ratio"), 2),
+            "populations x training cells": _ratio(
+                cells["relative_to_training_cells"].get("population_energy") if cells else None
+            ),
+            f"between x true at {' / '.join(map(str, BETWEEN))}": _between(unit),
             "worst group, CRPS": (
                 f"{law['worst_group']['group'].replace('|', '/')}: {_text(law['worst_group']['crps'])}"
                 if law
@@ -187,6 +198,15 @@ def _rows(row: Mapping[str, Any]) -> pd.DataFrame:
             ),
         }
     return pd.DataFrame.from_dict(table, orient="index")
+
+
+def _between(unit: Mapping[str, float]) -> str:
+    """Variance between generated populations of so many cells, over that of the truth about the centre of the law."""
+    true = unit.get("between_true")
+    if true is None or not true > 0:
+        return "-"
+    found = [unit[f"between_{m}"] for m in BETWEEN]
+    return " / ".join(_text(None if value is None else value / true, 2) for value in found)
 
 
 def _models(row: Mapping[str, Any]) -> list[str]:

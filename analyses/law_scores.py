@@ -58,24 +58,6 @@ def energy_score(draws: np.ndarray, truth: np.ndarray) -> float:
     return float(cdist(draws, truth[None]).mean() - pdist(draws).mean() / 2)
 
 
-def population_energy_score(
-    draws: np.ndarray, truth: np.ndarray, noise_covariance: np.ndarray, rng: np.random.Generator
-) -> float:
-    """Energy score of a law over whole populations, given as embeddings: draws (S, D) for one observed truth (D,).
-
-    The observed population's sampling noise N(0, noise_covariance), a full (D, D) matrix or its diagonal (D,), is
-    added to every draw, independently; nothing can be subtracted from a norm. The norm is *unsquared*: with the
-    squared norm of an MMD estimate the score would see the mean of the law and nothing of its spread.
-    All models must be scored in one feature map, fitted on training populations.
-    """
-    if noise_covariance.ndim == 1:
-        return energy_score(add_noise(draws, noise_covariance, rng), truth)
-    eigenvalues, eigenvectors = np.linalg.eigh(noise_covariance)
-    # an estimated covariance is singular when n < D, up to rounding
-    root = eigenvectors * np.sqrt(np.maximum(eigenvalues, 0.0))
-    return energy_score(draws + rng.standard_normal(draws.shape) @ root.T, truth)
-
-
 def variogram_score(draws: np.ndarray, truth: np.ndarray, power: float = 0.5) -> float:
     """Variogram score, sum over ordered pairs of dimensions, of draws (S, D) for truth (D,); fair form.
 

@@ -8,11 +8,12 @@ benchmark gives them. It never sees a held-out population: what is not in its ar
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from anndata import AnnData
 
 from hilbertcell.analyses.gene_table import (
     GeneTable,
@@ -23,6 +24,7 @@ from hilbertcell.analyses.gene_table import (
     gene_table,
     natural_cells,
 )
+from hilbertcell.analyses.population_scores import DrawnPopulations
 from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.perturbations import perturbation_table
 from hilbertcell.data.populations import Populations
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 LawPredictor = Callable[["Screen", pd.DataFrame, int], np.ndarray]
 CellPredictor = Callable[["Screen", pd.DataFrame, np.ndarray, int], list[np.ndarray]]
+PopulationPredictor = Callable[["Screen", pd.DataFrame, int, int], DrawnPopulations]
+
+_MAX_POOL = 256  # cells that stand for a drawn population
+_SAMPLED = 64  # of a model that can only make cells, whose cost this is
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +63,13 @@ class Predictor:
     """What a model can answer.
 
     `law(given, targets, seed)` returns draws (S, T, G) of the latent means of T targets (rows of labels);
-    `cells(given, targets, num_cells (T,), seed)` one array (num_cells, G) of cells per target. Natural scale.
+    `cells(given, targets, num_cells (T,), seed)` one array (num_cells, G) of cells per target;
+    `populations(given, targets, num_draws, seed)` so many whole populations per target, drawn from the law. Natural scale.
     """
 
     law: LawPredictor | None = None
     cells: CellPredictor | None = None
+    populations: PopulationPredictor | None = None
 
 
 Fitter = Callable[[Screen], Predictor]
@@ -88,9 +96,13 @@ def no_change_fitter(num_draws: int) -> Fitter:
         _, wanted = baseline_inputs(training, given.table, targets)
         return baselines.no_change(wanted, num_draws, np.random.default_rng(seed))
 
-    return lambda training: Predictor(
-        lambda given, targets, seed: law(given, targets, seed, training.table), _control_cells
-    )
+    def fitter(training: Screen) -> Predictor:
+        def own_law(given: Screen, targets: pd.DataFrame, seed: int) -> np.ndarray:
+            return law(given, targets, seed, training.table)
+
+        return Predictor(own_law, _control_cells, _moved_controls(own_law))
+
+    return fitter
 
 
 def training_cells_fitter(num_draws: int) -> Fitter:
@@ -129,7 +141,17 @@ def training_cells_fitter(num_draws: int) -> Fitter:
                 for pair, number in zip(pairs, num_cells, strict=True)
             ]
 
-        return Predictor(law, cells)
+        def populations(given: Screen, targets: pd.DataFrame, num_draws: int, seed: int) -> DrawnPopulations:
+            sizes = [
+                min(_MAX_POOL, int(labels["num_cells"][replicates(*pair)].sum()))
+                for pair in zip(targets["context"], condition_names(targets), strict=True)
+            ]
+            pools = cells(given, targets, np.array(sizes), seed)
+            return DrawnPopulations(
+                [np.broadcast_to(one, (num_draws, *one.shape)) for one in pools], whole=True
+            )
+
+        return Predictor(law, cells, populations)
 
     return fitter
 
@@ -159,20 +181,36 @@ def hilbertcell_fitter(
             mean = draw(given, targets, seed)["predictions"]["mean"]
             return np.asarray(mean.sel(population=list(targets.index)).values[0], dtype=np.float64)
 
+        def made(draws: xr.DataTree, given: Screen, **options: Any) -> tuple[AnnData, Populations]:
+            predicted = fitted.sample_cells(draws, given.populations, **options)
+            keys = replace(training.populations.keys, layer=None)  # predicted cells stand in X
+            return predicted, read_populations(predicted, **vars(keys), require=("perturbed",))
+
         def sample(
             given: Screen, targets: pd.DataFrame, num_cells: np.ndarray, seed: int
         ) -> list[np.ndarray]:
-            draws = draw(given, targets, seed)
-            predicted = fitted.sample_cells(draws, given.populations, seed=seed)
-            keys = replace(training.populations.keys, layer=None)  # predicted cells stand in X
-            populations = read_populations(predicted, **vars(keys), require=("perturbed",))
-            rng = np.random.default_rng(seed)
-            return [
-                cells_of_populations(populations, [name], number, rng)
-                for name, number in zip(targets.index, num_cells, strict=True)
-            ]
+            # as many as are wanted: a part of a larger sample would have a sampling error of its own
+            number = dict(zip(targets.index, num_cells.tolist(), strict=True))
+            options = {"cells_per_population": number, "seed": seed}
+            _, populations = made(draw(given, targets, seed), given, **options)
+            return [natural_cells(populations, populations.cells_of(name)) for name in targets.index]
 
-        return Predictor(law, sample if cells else None)
+        def drawn(given: Screen, targets: pd.DataFrame, num_draws: int, seed: int) -> DrawnPopulations:
+            _, _, controls = controls_of([given.table], targets)
+            number = dict(
+                zip(targets.index, np.minimum(controls, _MAX_POOL).astype(int).tolist(), strict=True)
+            )
+            options = {"cells_per_population": number, "num_draws": num_draws, "seed": seed}
+            predicted, populations = made(draw(given, targets, seed), given, **options)
+            of = predicted.obs["draw"].to_numpy()
+            found = []
+            for name in targets.index:
+                cells = populations.cells_of(name)
+                cells = cells[np.argsort(of[cells], kind="stable")]
+                found.append(natural_cells(populations, cells).reshape(num_draws, number[name], -1))
+            return DrawnPopulations(found, whole=True)
+
+        return Predictor(law, sample, drawn) if cells else Predictor(law)
 
     return fitter
 
@@ -212,7 +250,7 @@ def _from_table(
             chosen = _control_cells(given, targets, num_cells, seed)
             return [own + moved for own, moved in zip(chosen, shift, strict=True)]
 
-        return Predictor(law, cells if moves_controls else None)
+        return Predictor(law, cells, _moved_controls(law)) if moves_controls else Predictor(law)
 
     return fitter
 
@@ -236,6 +274,30 @@ def condition_features(training: Populations, targets: pd.DataFrame) -> np.ndarr
         blocks.append(table.features[[names.index(name) for name in rows["perturbation"].astype(str)]])
     scales = [np.sqrt(block[known].var(0).sum()) for block in blocks]
     return np.hstack([block / (scale or 1.0) for block, scale in zip(blocks, scales, strict=True)])
+
+
+def _moved_controls(law: LawPredictor) -> PopulationPredictor:
+    """Whole populations: the given controls (at most 256), moved to each of the drawn means."""
+
+    def populations(given: Screen, targets: pd.DataFrame, num_draws: int, seed: int) -> DrawnPopulations:
+        control, _, number = controls_of([given.table], targets)
+        shift = law(given, targets, seed)[:num_draws] - control
+        pools = _control_cells(given, targets, np.minimum(number, _MAX_POOL).astype(int), seed)
+        moved = [own + shift[:, t, None] for t, own in enumerate(pools)]
+        return DrawnPopulations(moved, whole=True)
+
+    return populations
+
+
+def sampled_populations(cells: CellPredictor) -> PopulationPredictor:
+    """Populations of a model that only makes cells: 64 cells of a seed of its own for each draw, all there is of them."""
+
+    def populations(given: Screen, targets: pd.DataFrame, num_draws: int, seed: int) -> DrawnPopulations:
+        number = np.full(len(targets), _SAMPLED)
+        made = [cells(given, targets, number, seed + 1 + draw) for draw in range(num_draws)]
+        return DrawnPopulations([np.stack(one) for one in zip(*made, strict=True)], whole=False)
+
+    return populations
 
 
 def _control_cells(

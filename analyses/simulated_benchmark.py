@@ -8,6 +8,7 @@ question.
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from hilbertcell.analyses.batch_log_score import batch_log_score
 from hilbertcell.analyses.benchmark import MODEL, concatenate_laws, fit_fold, law_fold
 from hilbertcell.analyses.first_benchmarks import SHUFFLED, markdown
 from hilbertcell.analyses.law_summary import NULL, LawScores, jsonable, law_rows, summarise_law
 from hilbertcell.analyses.predictors import Fitter, Predictor, Screen, baseline_fitters, hilbertcell_fitter
 from hilbertcell.analyses.shuffled import shuffle_batches
 from hilbertcell.analyses.simulated import simulate, simulated_world
+from hilbertcell.analyses.verdicts import verdicts
 from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.populations import Populations
-from hilbertcell.data.splits import Split, make_split
+from hilbertcell.data.splits import Split, make_split, training_mask
+from hilbertcell.inference.fit import fit
+from hilbertcell.inference.settings import Settings
 from hilbertcell.models.oracle import condition, log_library_of, mean_curves, predicted_means
 from hilbertcell.models.simulator import SimulatorSettings
 
@@ -42,7 +47,17 @@ NUM_DRAWS = 500
 ORACLE = "oracle"
 UNINFORMATIVE = f"{MODEL}, uninformative features"
 COVER = (0.87, 0.93)  # what 90 % intervals may cover
-PARTS = ("unseen_batch", "unseen_pair", "unseen_perturbation")
+PARTS = ("unseen_batch", "unseen_pair", "unseen_perturbation", "structure")
+# A world of the same kind in which batches differ by nothing but sampling noise.
+UNSTRUCTURED = replace(
+    BATCHES,
+    mixed_responders=False,
+    loading_scale=1e-6,
+    modulation_scale=1e-6,
+    slope_mean=0.0,
+    slope_scale=1e-6,
+    batch_effect_scale=1e-6,
+)
 
 Fold = tuple[dict[str, LawScores], pd.DataFrame]
 
@@ -136,6 +151,30 @@ def unseen_perturbation(
     return scores | {UNINFORMATIVE: _scores(blind, split, {MODEL: fitters[MODEL]}, seed)[0][MODEL]}, labels
 
 
+def structure_gain(seed: int, settings: SimulatorSettings, fitting: Settings) -> pd.Series:
+    """Log score of each test batch of one world under a fit with hidden factors, less that under one without."""
+    populations = read_simulated(simulate(seed, settings))
+    mask = training_mask(make_split(populations.labels, "unseen_batch", seed, TEST_SHARE), populations.labels)
+    training, tests = populations.select(mask), populations.select(~mask)
+    rich, plain = (
+        fit(training, settings=fitting.model_copy(update=change)) for change in ({}, {"num_factors": 0})
+    )
+    return batch_log_score(rich, tests) - batch_log_score(plain, tests)
+
+
+def structure_table(seeds: int) -> pd.DataFrame:
+    """Gain of hidden factors over the batches of all worlds, and what may be concluded."""
+    rows = {}
+    for name, settings in (("as everywhere", BATCHES), ("nothing hidden", UNSTRUCTURED)):
+        gain = pd.concat([structure_gain(seed, settings, Settings()) for seed in range(seeds)]).to_numpy()
+        rows[name] = {
+            "batches": str(len(gain)),
+            "gain per batch": f"{gain.mean():.1f} ± {gain.std(ddof=1) / np.sqrt(len(gain)):.1f}",
+            "hidden factors": verdicts(-gain, {"none": np.zeros_like(gain)})["none"].outcome,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 QUESTIONS: dict[str, Callable[[int, Mapping[str, Fitter]], Fold]] = {
     "unseen_batch": unseen_batch,
     "unseen_pair": unseen_pair,
@@ -156,7 +195,8 @@ def summarise(folds: Mapping[int, Fold]) -> dict[str, Any]:
             for seed, (_, fold) in folds.items()
         ]
     )
-    return jsonable(summarise_law(concatenate_laws([scores for scores, _ in folds.values()]), labels))
+    scores = concatenate_laws([scores for scores, _ in folds.values()])
+    return jsonable(summarise_law(scores, labels, bounds=(ORACLE,)))
 
 
 def demands(question: str, summary: Mapping[str, Any]) -> pd.DataFrame:
@@ -199,6 +239,11 @@ def main() -> None:
     }
     fitters = baselines | {MODEL: hilbertcell_fitter(NUM_DRAWS, cells=False)}
     for question in (options.only,) if options.only else PARTS:
+        if question == "structure":
+            text = markdown(structure_table(options.seeds)).replace("| model |", "| world |", 1)
+            (options.out / "simulated_structure.md").write_text(text)
+            print(text)
+            continue
         folds = {}
         for seed in range(options.seeds):
             folds[seed] = QUESTIONS[question](seed, fitters)

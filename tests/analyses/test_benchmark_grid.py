@@ -14,7 +14,7 @@ from hilbertcell.analyses.bounds import halves, replicate_ceiling, sampling_floo
 from hilbertcell.analyses.grid_output import run_and_write
 from hilbertcell.analyses.grid_summary import grid_markdown, losses, summarise_grid
 from hilbertcell.analyses.law_summary import LawScores, jsonable
-from hilbertcell.analyses.predictors import Screen
+from hilbertcell.analyses.predictors import Screen, sampled_populations
 from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.splits import SplitError
 
@@ -98,8 +98,16 @@ def test_the_grid_writes_tables_scores_and_a_figure(run, folder):
     slope = rows[0]["cells"]["models"]["own-baseline slope"]
     assert slope["verdicts"]["energy_distance"]["null"]["outcome"] == "wins"
 
+    assert mean["between_16"] == pytest.approx(mean["between_4096"], rel=0.2)
+    assert 0.4 < mean["between_4096"] / mean["between_true"] < 2.5
+    assert slope["mean"]["population_energy"] < mean["population_energy"]
+    pool = rows[0]["cells"]["models"]["training cells"]["mean"]  # one population, which has no spread
+    assert abs(pool["between_4096"]) < 0.02 * mean["between_4096"]
+    assert "between_16" not in rows[0]["cells"]["models"]["replicate ceiling"]["mean"]
+
     text = (folder / "out/table.md").read_text()
     assert text.count("### `tiny`") == 2
+    assert "Frauds" not in text, "they are planted in hilbertcell, which is not here"
     assert "own-baseline slope" in text
     assert (folder / "out/figure.png").read_bytes()[:4] == b"\x89PNG"
     with xr.open_dataset(folder / "out/scores.nc", engine="h5netcdf") as scores:
@@ -127,6 +135,41 @@ def test_a_second_run_computes_only_what_is_missing(run, config, folder, monkeyp
     assert again.paths == run.paths
     kept = {path: path.stat().st_mtime_ns for path in again.paths if path != run.paths[7]}
     assert kept == {path: time for path, time in before.items() if path != run.paths[7]}
+
+
+def test_a_model_that_only_makes_cells_has_populations_of_as_many_seeds():
+    def cells(given, targets, number, seed):
+        return [np.full((n, 2), 10.0 * seed + t) for t, n in enumerate(number)]
+
+    drawn = sampled_populations(cells)(None, pd.DataFrame(index=["a", "b"]), 3, 5)
+    assert not drawn.whole
+    assert [one.shape for one in drawn.cells] == [(3, 64, 2)] * 2
+    np.testing.assert_array_equal(drawn.cells[1][:, 0, 0], [61.0, 71.0, 81.0])
+
+
+@pytest.mark.slow
+def test_frauds_stand_beside_the_table_of_hilbertcell(folder, tmp_path):
+    names = json.dumps(["hilbertcell", "null", "training means", "training cells", "replicate ceiling"])
+    text = TOML.format(models=names).replace(', "unseen_pair"', "").replace('"."', f'"{folder}"')
+    (tmp_path / "one.toml").write_text(
+        text.replace("[[data_set]]", "[settings]\nnum_steps = 300\n[[data_set]]")
+    )
+    run_and_write(BenchmarkConfig.from_toml(tmp_path / "one.toml"), tmp_path / "out", workers=1)
+    row = json.loads((tmp_path / "out/summary.json").read_text())[0]
+    mean = {
+        name: {score: np.mean(values) for score, values in scores.items() if None not in values}
+        for name, scores in row["frauds"]["scores"].items()
+    }
+    honest = mean["hilbertcell"]
+    for name in ("effect x 0.5", "effect x 2", "perturbation labels moved on"):
+        assert mean[name]["crps"] > honest["crps"], name
+        assert mean[name]["energy_distance"] > honest["energy_distance"], name
+    assert mean["spread of cells x 0.6"]["within_variance_ratio"] < 0.5
+    assert mean["batch labels shuffled"]["crps"] > 0.9 * mean["training means"]["crps"]
+    assert mean["truth with fresh cells"]["crps"] < honest["crps"]
+    between = row["cells"]["models"]["hilbertcell"]["mean"]
+    assert between["between_16"] == pytest.approx(between["between_4096"], rel=0.2)
+    assert "| batch labels shuffled | " in (tmp_path / "out/table.md").read_text()
 
 
 def test_cells_are_named_by_all_they_depend_on(run, config, folder, monkeypatch):

@@ -81,9 +81,8 @@ class World:
             {"context": "B", "batch": index.get_level_values(0), "perturbation": [f"p{d}" for _, d in index]},
             index=[f"unit{i}" for i in range(len(index))],
         )
-        self.table = GeneTable(
-            self.units, np.full(len(index), CELLS), self.truth.mean(1), self.truth.var(1, ddof=1)
-        )
+        variance = self.truth.var(1, ddof=1)
+        self.table = GeneTable(self.units, np.full(len(index), CELLS), self.truth.mean(1), variance, variance)
 
     def commit(self, name):
         """Latent draws (S, T, G) and cells (T, n, G) of a fraud."""
@@ -183,6 +182,28 @@ def test_more_cells_are_refused_and_would_move_the_number_of_called_genes_only(w
     assert z_of((twice["called"] - once["called"]).to_numpy()) > 4
     for score in ("distance", "within"):
         assert abs(z_of((twice[score] - once[score]).to_numpy())) < 4
+
+
+def test_scores_are_stable_when_twice_as_many_cells_are_generated(world, honest):
+    """Of twice as many cells as many are scored as were measured: every score stays within its bootstrap error."""
+    rng = np.random.default_rng(3)
+    twice = World()
+    many = np.concatenate([world.fresh, world.again], axis=1)
+    twice.fresh = np.stack([cells[rng.choice(2 * CELLS, CELLS, replace=False)] for cells in many])
+    difference = (twice.scores() - honest).to_numpy()
+    chosen = rng.integers(BATCHES, size=(1000, BATCHES))
+    error = difference[chosen].mean(1).std(0)
+    z = np.abs(difference.mean(0)) / np.maximum(error, 1e-9)
+    z[np.abs(difference.mean(0)) < 1e-9] = 0.0
+    assert z.max() < 4.5, dict(zip(honest, z.round(1), strict=True))
+
+
+def test_means_of_few_cells_differ_by_noise_that_only_equal_numbers_share(world):
+    """Why so: the error of a mean falls with the number of generated cells, by as much as their noise is worth."""
+    many = np.concatenate([world.fresh, world.again], axis=1)
+    error = [np.abs(cells.mean(1) - world.truth.mean(1)).mean() for cells in (world.fresh, many)]
+    # sqrt(1/n + 1/2n) of sqrt(1/n + 1/n)
+    assert error[1] / error[0] == pytest.approx(np.sqrt(0.75), abs=0.04)
 
 
 def test_a_leaked_truth_shows_in_an_error_below_zero(world):

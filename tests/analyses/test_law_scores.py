@@ -4,13 +4,11 @@ import scoringrules
 
 from hilbertcell.analyses.law_scores import (
     LEVELS,
-    add_noise,
     crps_sample,
     energy_score,
     excess_squared_error,
     interval,
     pit,
-    population_energy_score,
     score_law,
     variogram_score,
 )
@@ -113,36 +111,3 @@ def test_score_law_marks_missing_entries_and_refuses_wrong_shapes(rng):
         score_law(draws, truth.T, noise.T, rng)
     with pytest.raises(ValueError, match="at least 2 draws, got 1"):
         score_law(draws[:1], truth, noise, rng)
-
-
-def test_the_squared_norm_would_be_blind_to_spread(rng):
-    # Populations spread with sd 1 in 5 features and are seen with noise 0.2; one law is right, one is a point.
-    num_truths, noise = 300, np.full(5, 0.2)
-    truths = add_noise(rng.normal(size=(num_truths, 5)), noise, rng)
-
-    def squared(draws, truth):
-        draws = add_noise(draws, noise, rng)
-        to_truth = ((draws - truth) ** 2).sum(1).mean()
-        return to_truth - draws.var(0, ddof=1).sum()  # E|X - X'|^2 / 2 is the sum of variances
-
-    scores = {}
-    for name, spread in {"right": 1.0, "point": 0.0}.items():
-        laws = [spread * rng.normal(size=(100, 5)) for _ in truths]
-        pairs = list(zip(laws, truths, strict=True))
-        scores[name] = np.array(
-            [(population_energy_score(*pair, noise, rng), squared(*pair)) for pair in pairs]
-        )
-    gain = scores["point"] - scores["right"]
-    error = gain.std(0) / np.sqrt(num_truths)
-    assert gain[:, 0].mean() > 5 * error[0]  # the unsquared norm prefers the right law
-    assert abs(gain[:, 1].mean()) < 4 * error[1]  # the squared one cannot tell
-
-
-def test_population_energy_score_takes_a_full_covariance(rng):
-    covariance, draws, truth = np.full((4, 4), 4.0), 0.1 * rng.normal(size=(4000, 4)), np.full(4, 3.0)
-    covariance[:2, 2:] = covariance[2:, :2] = -4.0  # singular, as an estimate from few cells is
-    expected = energy_score(draws + rng.multivariate_normal(np.zeros(4), covariance, size=4000), truth)
-    found = population_energy_score(draws, truth, covariance, rng)
-    diagonal_only = population_energy_score(draws, truth, np.diag(covariance), rng)
-    assert abs(found - expected) < 0.15  # four times the error of a mean over 4,000 draws of sd about 2
-    assert abs(diagonal_only - found) > 0.3  # correlated noise is not what its diagonal says

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hilbertcell.analyses.batch_log_score import batch_log_score
 from hilbertcell.analyses.benchmark import fit_fold, law_fold
 from hilbertcell.analyses.law_summary import NULL
 from hilbertcell.analyses.predictors import Screen, baseline_fitters, hilbertcell_fitter
@@ -14,10 +13,12 @@ from hilbertcell.analyses.simulated import simulate
 from hilbertcell.analyses.simulated_benchmark import (
     MODEL,
     ORACLE,
+    TEST_SHARE,
     demands,
     features_of,
     oracle_fitter,
     read_simulated,
+    structure_gain,
     summarise,
     unseen_batch,
 )
@@ -102,12 +103,11 @@ def test_structure_is_found_where_it_is_and_shrinks_to_nothing_where_it_is_not()
     gains, scales, slopes = {}, {}, {}
     for name, settings in (("present", SMALL), ("absent", absent)):
         populations = read_simulated(simulate(1, settings))
-        split = make_split(populations.labels, "unseen_batch", 0, 0.3)
+        split = make_split(populations.labels, "unseen_batch", 1, TEST_SHARE)
         mask = training_mask(split, populations.labels)
         training, tests = populations.select(mask), populations.select(~mask)
         rich = fit(training, settings=QUICK)
-        plain = fit(training, settings=QUICK.model_copy(update={"num_factors": 0}))
-        gains[name] = batch_log_score(rich, tests) - batch_log_score(plain, tests)
+        gains[name] = structure_gain(1, settings, QUICK)
         draws = rich.predict(tests.select(tests.labels["is_control"]), num_samples=50)["posterior"]
         scales[name] = float(draws["factor_scale"].mean())
         slopes[name] = float(np.abs(draws["slope"].mean(("chain", "draw"))).mean())
