@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hilbertcell.analyses import cli_perturbdiff
+from hilbertcell.analyses.cli_options import Cells, Draws, Force, ModelName, PresetName, Seed
+from hilbertcell.analyses.cli_options import file as _file
+from hilbertcell.analyses.cli_options import flag as _flag
+from hilbertcell.analyses.cli_options import given as _given
+from hilbertcell.analyses.cli_options import out as _out
 from hilbertcell.analyses.cli_support import (
+    FIT_FILES,
     InferenceOption,
     KeyOptions,
+    LawOption,
     SplitName,
     UsageProblem,
     check_output,
@@ -18,13 +26,13 @@ from hilbertcell.analyses.cli_support import (
     existing,
     notices,
     read_file,
+    read_targets,
     results,
     whole_output,
 )
 
 if TYPE_CHECKING:
     import anndata
-    import pandas as pd
 
 app = typer.Typer(
     help="Probabilistic programs for how cell populations respond to perturbations.",
@@ -34,7 +42,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-FIT_FILES = frozenset({"manifest.json", "arrays.safetensors", "inference.nc"})
 DEMO_FILES = frozenset(
     {
         "cells.h5ad",
@@ -47,28 +54,6 @@ DEMO_FILES = frozenset(
         "report.html",
     }
 )
-
-
-def _out(metavar: str, text: str) -> object:
-    return typer.Option("--out", metavar=metavar, help=text, show_default=False)
-
-
-def _flag(name: str, text: str) -> object:
-    return typer.Option(name, help=text, show_default=False)
-
-
-def _file(metavar: str, text: str) -> object:
-    return typer.Argument(metavar=metavar, help=text, show_default=False)
-
-
-def _given(metavar: str, text: str, least: int | None = None) -> object:
-    return typer.Option(metavar=metavar, help=text, show_default=False, min=least)
-
-
-Cells = Annotated[Path, _file("FILE", "Cells, as h5ad or zarr.")]
-Draws = Annotated[Path, _file("DRAWS.nc", "Draws that `predict` wrote.")]
-Force = Annotated[bool, _flag("--force", "Replace an output that exists.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same result.", min=0, metavar="N")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -119,27 +104,53 @@ def split(
 @command(app)
 def fit(
     file: Cells,
-    keys: KeyOptions,
     out: Annotated[Path, _out("FITDIR", "Folder the fit is written to.")],
+    keys: KeyOptions | None = None,
     holdout: Annotated[
         Path | None, _given("SPLIT.json", "Populations to leave out, as `split` wrote them.")
     ] = None,
     seed: Seed = 0,
     settings: Annotated[Path | None, _given("FILE.toml", "Settings other than the default ones.")] = None,
     inference: InferenceOption = None,
+    law: LawOption = None,
+    model: Annotated[ModelName, typer.Option(help="What is fitted.")] = ModelName.hilbertcell,
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(help="Keys, hold-out and recipe of a published data set.", show_default=False),
+    ] = None,
+    test_perturbations: Annotated[
+        Path | None, _given("NAMES.txt", "What the preset hides, one name a line; without it, everything.")
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Fit the hidden-factor program to the populations of a file."""
+    """Fit the hidden-factor program, or PerturbDiff, to the populations of a file."""
+    if preset is None and test_perturbations is not None:
+        raise UsageProblem("--test-perturbations says what a --preset hides; without one, use --holdout")
+    if keys is None and preset is None:
+        raise UsageProblem("--perturbation, --control, --context and --batch are missing; or give --preset")
     check_output(out, force, file, contents=FIT_FILES)
     from hilbertcell.data.splits import Split
+
+    hidden = None if holdout is None else Split.load(existing(holdout))
+    if preset is not None:
+        populations, hidden = cli_perturbdiff.from_preset(
+            preset.value, file, keys, hidden, test_perturbations
+        )
+    else:
+        assert keys is not None  # see above
+        populations = keys.read(file)
+    kept = out.with_name(f".{out.name}.streaming")
+    if model is ModelName.perturbdiff:
+        if inference is not None or law is not None:
+            raise UsageProblem("--inference and --law are for the hidden-factor program")
+        trained = cli_perturbdiff.fit_populations(populations, preset, hidden, seed, settings, kept)
+        trained.save(out, force=force)
+        notices.print(f"fit written to {out}", highlight=False, markup=False)
+        return
     from hilbertcell.inference.fit import fit as fit_program
 
-    chosen = chosen_settings(settings, inference)
-    hidden = None if holdout is None else Split.load(existing(holdout))
-    kept = out.with_name(f".{out.name}.streaming")
-    fitted = fit_program(
-        keys.read(file), holdout=hidden, seed=seed, settings=chosen, resume=kept, progress=True
-    )
+    chosen = chosen_settings(settings, inference=inference, law=law)
+    fitted = fit_program(populations, holdout=hidden, seed=seed, settings=chosen, resume=kept, progress=True)
     fitted.save(out, force=force)
     for line in (*fitted.inference_notices, f"fit written to {out}"):
         notices.print(line, highlight=False, markup=False)
@@ -184,8 +195,9 @@ def predict(
         check_output(cells, force, file, out)
     from hilbertcell.inference.fit import load_fit
 
-    wanted = None if targets is None else _read_targets(existing(targets))
-    fitted = load_fit(existing(fit))
+    cli_perturbdiff.refuse_in_predict(existing(fit))
+    wanted = None if targets is None else read_targets(existing(targets))
+    fitted = load_fit(fit)
     populations = read_file(file, **vars(fitted.keys), require=() if observe else ("control",))
     unused = populations.labels.loc[~populations.labels["is_control"], "num_cells"].sum()
     if unused and not observe:
@@ -361,20 +373,6 @@ def _check_cells(cells: Path | None, options: dict[str, int | None]) -> None:
         raise UsageProblem("--draw-index and --draws exclude each other: one drawn population, or several")
 
 
-def _read_targets(path: Path) -> "pd.DataFrame":
-    import pandas as pd
-
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a perturbation may be called NA
-        if "dose" in table:
-            table["dose"] = pd.to_numeric(table["dose"].where(table["dose"] != ""))
-    except ValueError as error:
-        raise UsageProblem(
-            f"{path}: is not a table of targets ({error}); write CSV, doses as numbers or empty"
-        ) from None
-    return table
-
-
 def _read_cells(path: Path) -> "anndata.AnnData":
     import anndata
 
@@ -392,6 +390,9 @@ def _write_json(scores: dict, out: Path) -> None:
     with whole_output(out) as path:
         path.write_text(json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     notices.print(f"scores written to {out}", highlight=False, markup=False)
+
+
+cli_perturbdiff.register(app)
 
 
 def main() -> None:

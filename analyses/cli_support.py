@@ -16,6 +16,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from hilbertcell.data.populations import Populations
     from hilbertcell.inference.settings import Settings
 
@@ -53,12 +55,30 @@ InferenceOption = Annotated[
 ]
 
 
-def chosen_settings(path: Path | None, inference: InferenceName | None) -> "Settings":
-    """Settings of a TOML file, or the default ones; a flag goes before the file."""
+class LawName(StrEnum):
+    """The response law; the setting `law`."""
+
+    gaussian = "gaussian"
+    diffusion = "diffusion"
+    auto = "auto"
+
+
+LawOption = Annotated[
+    LawName | None,
+    typer.Option("--law", help="auto: what batches left out for the purpose prefer.", show_default=False),
+]
+
+
+def chosen_settings(path: Path | None, **flags: StrEnum | None) -> "Settings":
+    """Settings of a TOML file, or the default ones; flags, by the name of their setting, go before the file."""
     from hilbertcell.inference.settings import Settings
 
     chosen = Settings() if path is None else Settings.from_toml(existing(path))
-    return chosen if inference is None else chosen.model_copy(update={"inference": inference.value})
+    given = {name: flag.value for name, flag in flags.items() if flag is not None}
+    return chosen.model_copy(update=given)
+
+
+FIT_FILES = frozenset({"manifest.json", "arrays.safetensors", "inference.nc"})
 
 
 class SplitName(StrEnum):
@@ -260,3 +280,18 @@ def whole_output(path: Path) -> Iterator[Path]:
         (folder / path.name).replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_targets(path: Path) -> "pd.DataFrame":
+    """Targets as a table. Raises: UsageProblem if the file is not one."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a perturbation may be called NA
+        if "dose" in table:
+            table["dose"] = pd.to_numeric(table["dose"].where(table["dose"] != ""))
+    except ValueError as error:
+        raise UsageProblem(
+            f"{path}: is not a table of targets ({error}); write CSV, doses as numbers or empty"
+        ) from None
+    return table

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import t as student_t
 
-MIN_BATCHES = 4  # with three or fewer a paired t test over batches has no power worth the name
+from hilbertcell.inference.paired_test import p_greater
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ def verdicts(
     """
     names = list(baselines)
     differences = [_paired(model, baselines[name], name) for name in names]
-    p_loses = _holm(np.array([_p_greater(difference) for difference in differences]))
-    p_wins = _holm(np.array([_p_greater(-difference) for difference in differences]))
+    p_loses = _holm(np.array([p_greater(difference) for difference in differences]))
+    p_wins = _holm(np.array([p_greater(-difference) for difference in differences]))
     outcomes: list[Literal["loses", "undecided", "wins"]] = [
         "loses" if loses < level else "wins" if wins < level else "undecided"
         for loses, wins in zip(p_loses, p_wins, strict=True)
@@ -96,17 +95,6 @@ def _paired(model: np.ndarray, baseline: np.ndarray, name: str) -> np.ndarray:
             f"a score per batch against {name} is missing; compare on the batches that both have"
         )
     return model - baseline
-
-
-def _p_greater(difference: np.ndarray) -> float:
-    """One-sided p-value that the mean difference is greater than 0."""
-    num_batches = len(difference)
-    if num_batches < MIN_BATCHES:
-        return 1.0
-    error = difference.std(ddof=1) / np.sqrt(num_batches)
-    if error == 0:  # the same difference in every batch
-        return 0.0 if difference[0] > 0 else 1.0
-    return float(student_t.sf(difference.mean() / error, num_batches - 1))
 
 
 def _holm(pvalue: np.ndarray) -> np.ndarray:

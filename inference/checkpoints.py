@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from safetensors.numpy import load_file, save_file
 from hilbertcell.data.moments import Moments
 from hilbertcell.data.populations import Keys
 from hilbertcell.data.splits import labels_hash
+from hilbertcell.inference.diffusion_law import DiffusionLaw
 from hilbertcell.inference.fit import Fit
+from hilbertcell.inference.law_choice import LawChoice
 from hilbertcell.inference.settings import Settings
 from hilbertcell.models.embedding import Coordinates
 from hilbertcell.models.feature_maps import FeatureMap
 from hilbertcell.models.within_covariance import WithinPrior
 
-FORMAT = 1
+FORMAT = 2
 _PARTS: dict[str, Any] = {
     "feature_map": FeatureMap,
     "prior": WithinPrior,
@@ -48,6 +51,8 @@ def save_fit(fit: Fit, path: Path, *, force: bool = False) -> None:
         arrays |= {f"{name}.{key}": value for key, value in getattr(fit, name).to_arrays().items()}
     arrays |= {f"params.{key}": value for key, value in fit.params.items()}
     arrays |= {f"posterior.{key}": value for key, value in fit.posterior.items()}
+    if fit.diffusion is not None:
+        arrays |= {f"diffusion.{key}": value for key, value in fit.diffusion.to_arrays().items()}
     if fit.features is not None:
         arrays["features"] = fit.features.to_numpy(dtype=np.float64)
     manifest = {
@@ -57,6 +62,7 @@ def save_fit(fit: Fit, path: Path, *, force: bool = False) -> None:
         "genes": fit.genes.astype(str).tolist(),
         "settings": fit.settings.model_dump(),
         "inference": dict(zip(("method", "reason"), fit.inference, strict=True)),
+        "law": asdict(fit.choice),
         "seed": fit.seed,
         "split_hash": fit.split_hash,
         "held_out": list(fit.held_out),
@@ -107,6 +113,10 @@ def read_fit(path: Path) -> Fit:
         features = pd.DataFrame(
             arrays["features"], index=manifest["feature_rows"], columns=manifest["feature_names"]
         )
+    diffusion = None
+    if manifest["law"]["name"] == "diffusion":
+        diffusion = DiffusionLaw.from_arrays(_under(arrays, "diffusion"), parts["coordinates"].A.shape[1])
+        stats = {name: values for name, values in stats.items() if name not in diffusion.sample_stats}
     return Fit(
         keys=Keys.from_dict(manifest["keys"]),
         genes=np.array(manifest["genes"], dtype=str),
@@ -120,6 +130,8 @@ def read_fit(path: Path) -> Fit:
         losses=-stats.pop("elbo")[0] if "elbo" in stats else np.zeros(0),
         posterior=_under(arrays, "posterior"),
         sampling=stats,
+        choice=LawChoice(**manifest["law"]),
+        diffusion=diffusion,
         **parts,
     )
 

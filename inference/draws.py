@@ -9,18 +9,22 @@ import jax
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jax import Array
 from rich.progress import Progress
 
 from hilbertcell.data.draws_io import read_draws, write_draws, write_rows
 from hilbertcell.data.perturbations import PerturbationTable, perturbation_table
 from hilbertcell.data.populations import Populations
 from hilbertcell.data.validation import DataError
+from hilbertcell.inference.diffusion_conditions import label_features
+from hilbertcell.inference.diffusion_law import mapping_of
 from hilbertcell.inference.draws_tree import draws_attrs, per_draw, population_groups, training_groups
 from hilbertcell.inference.gene_draws import QUANTITIES, fit_gene_map
-from hilbertcell.inference.predictive import draw_batch, draw_globals
-from hilbertcell.inference.requests import Given, batch_targets, choose_targets, read_batches
+from hilbertcell.inference.predictive import BatchDraws, BatchTargets, draw_batch, draw_globals
+from hilbertcell.inference.requests import Given, batch_targets, choose_targets, read_batches, stream_of
 from hilbertcell.inference.tables import Vocabulary, condition_of
 from hilbertcell.inference.training_draws import TrainingDraws
+from hilbertcell.models.microenvironment import Globals
 
 if TYPE_CHECKING:
     from hilbertcell.inference.fit import Fit
@@ -168,7 +172,7 @@ def _draw(
 ) -> _Drawn:  # fmt: skip
     """Draw the targets in `rows`, block of draws by block; and `training`, if given, from the same globals."""
     given, wanted, num_samples = request.given, request.wanted, request.num_samples
-    all_batches = {batch: i for i, batch in enumerate(sorted(wanted["batch"].unique()))}
+    draw_targets = _drawer(fit, request)
     batch_of = wanted["batch"].to_numpy()[rows]
     places = {batch: rows.start + np.flatnonzero(batch_of == batch) for batch in sorted(set(batch_of))}
     asked = {
@@ -179,11 +183,12 @@ def _draw(
     mean, shift = np.empty((*shape, num_genes), np.float32), np.empty((*shape, num_genes), np.float32)
     embedding = np.empty((*shape, fit.coordinates.A.shape[1]), np.float32)
     factors: dict[str, list[np.ndarray]] = {batch: [] for batch in places if batch in given.new}
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(request.seed), 1), num_samples)
+    root = jax.random.key(request.seed)
+    keys, training_keys = (jax.random.split(jax.random.fold_in(root, i), num_samples) for i in (1, 2))
     own_keys = jax.vmap(jax.random.fold_in, (0, None))
     for block, globals_ in draw_globals(fit, request.names, request.perturbations, num_samples, request.seed):
         for batch, place in places.items():
-            drawn = draw_batch(own_keys(keys[block], all_batches[batch]), globals_, asked[batch])
+            drawn = draw_targets(own_keys(keys[block], stream_of(batch)), globals_, asked[batch])
             response, control = fit.unit.undo(drawn.response), fit.unit.undo(drawn.control)
             here = place - rows.start
             mean[block, here] = response[..., :num_genes]
@@ -192,11 +197,20 @@ def _draw(
             if batch in given.new:
                 factors[batch].append(drawn.microenvironment)
         if training is not None:
-            training.add(own_keys(keys[block], len(all_batches)), globals_)
+            training.add(training_keys[block], globals_)
         advance(block.stop - block.start)
     if not (np.isfinite(mean).all() and np.isfinite(shift).all()):
         warnings.warn("some draws are not finite; the fit cannot be trusted", RuntimeWarning, stacklevel=4)
     return _Drawn(mean, shift, embedding, {batch: np.concatenate(u) for batch, u in factors.items()})
+
+
+def _drawer(fit: "Fit", request: _Request) -> Callable[[Array, Globals, BatchTargets], BatchDraws]:
+    """How targets of one batch are drawn under the response law of the fit."""
+    if fit.diffusion is None:
+        return draw_batch
+    labels, _ = label_features(request.names, request.perturbations, fit.perturbations.singles)
+    mapping, law = mapping_of(fit), fit.diffusion
+    return lambda keys, globals_, targets: law.draw_batch(mapping, keys, globals_, targets, labels)
 
 
 def _write_pieces(

@@ -18,12 +18,14 @@ from hilbertcell.data.moments import Moments, stream_moments
 from hilbertcell.data.perturbations import PerturbationTable, perturbation_table
 from hilbertcell.data.populations import Keys, Populations
 from hilbertcell.data.splits import Split, check_no_leak, check_same_data
+from hilbertcell.inference.diffusion_law import DiffusionLaw
 from hilbertcell.inference.guides import BlockGuide
+from hilbertcell.inference.law_choice import GAUSSIAN, LawChoice, choose_law
 from hilbertcell.inference.nuts import INVARIANTS, choose_inference, run_nuts
 from hilbertcell.inference.predictive import globals_sampler
 from hilbertcell.inference.settings import Settings
 from hilbertcell.inference.starting_values import starting_values
-from hilbertcell.inference.svi import fit_svi
+from hilbertcell.inference.svi import fit_svi, usual_steps
 from hilbertcell.inference.tables import (
     ProgramTable,
     Standardisation,
@@ -65,6 +67,8 @@ class Fit:
         losses: (steps,) negative ELBO, or other bound; none where NUTS was used.
         posterior: draws (chain, draw, ...) of the program's sites by NUTS; none where SVI was used.
         sampling: what NUTS says of itself: diverging, acceptance_rate, n_steps (chain, draw), rhat, ess (invariant).
+        choice: the response law and why it is that one.
+        diffusion: the trained denoiser where the law is the diffusion, else None.
 
     """
 
@@ -84,6 +88,8 @@ class Fit:
     losses: np.ndarray
     posterior: dict[str, np.ndarray] = field(default_factory=dict)
     sampling: dict[str, np.ndarray] = field(default_factory=dict)
+    choice: LawChoice = GAUSSIAN
+    diffusion: DiffusionLaw | None = None
 
     @cached_property
     def names(self) -> Vocabulary:
@@ -140,21 +146,22 @@ class Fit:
     @property
     def sample_stats(self) -> xr.Dataset:
         """The course of inference: `elbo` by step, or the statistics and diagnostics of the chains."""
+        law = {} if self.diffusion is None else self.diffusion.sample_stats
         if not self.sampling:
-            return xr.Dataset({"elbo": (("chain", "svi_step"), -self.losses[None])})
-        return xr.Dataset(
-            {
-                name: (("invariant",) if values.ndim == 1 else ("chain", "draw"), values)
-                for name, values in self.sampling.items()
-            },
-            {"invariant": list(INVARIANTS)},
-        )
+            return xr.Dataset({"elbo": (("chain", "svi_step"), -self.losses[None]), **law})
+        chains = {
+            name: (("invariant",) if values.ndim == 1 else ("chain", "draw"), values)
+            for name, values in self.sampling.items()
+        }
+        return xr.Dataset(chains | law, {"invariant": list(INVARIANTS)})
 
     @property
     def inference_notices(self) -> list[str]:
         """What a reader of predictions has to know of the inference: its choice, and chains that did not mix."""
         method, reason = self.inference
         notices = [] if reason == "as set" else [f"inference by {method}: {reason}"]
+        if self.choice.reason != "as set":
+            notices.append(f"response law: {self.choice.name}; {self.choice.reason}")
         if self.sampling:
             rhat, share = float(self.sampling["rhat"].max()), float(self.sampling["diverging"].mean())
             if rhat > _MAX_RHAT or share > _MAX_DIVERGING:
@@ -232,7 +239,8 @@ def fit(
     """Fit the hidden-factor program to the populations that `holdout` does not hide.
 
     `resume` names a file that holds what the pass over the cells has done so far, for cells that lie in a file: a fit
-    that was interrupted goes on from there, to the same result. It is removed when the pass has ended.
+    that was interrupted goes on from there, to the same result. It is removed when the pass has ended. Files of the same
+    name with an ending do so for the training of a diffusion.
 
     Batches all of whose perturbed populations are hidden are left out altogether: they stay new batches, whose
     controls are conditioned on at prediction.
@@ -258,7 +266,9 @@ def fit(
         holdout.held_out if holdout else (), feature_map, prior, coordinates, center, moments,
         populations.perturbation_features, {}, np.zeros(0),
     )  # fmt: skip
-    return infer(start, progress=progress)
+    fitted = infer(start, progress=progress)
+    choice, diffusion = choose_law(fitted, resume)
+    return replace(fitted, choice=choice, diffusion=diffusion)
 
 
 def embed(moments: Moments, prior: WithinPrior, names: Vocabulary, max_coordinates: int) -> Coordinates:
@@ -278,12 +288,13 @@ def infer(start: Fit, *, progress: bool = False) -> Fit:
             initial, _ = starting_values(start.program_args, start.seed)
             sampled = run_nuts(key, start.program_args, initial)
         return replace(start, posterior=sampled.sites, sampling=sampled.stats)
+    num_steps = settings.num_steps or usual_steps(start.table.observations)
     with jax.enable_x64(True), Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("inference", total=settings.num_steps)
+        task = bar.add_task("inference", total=num_steps)
         advance: Callable[[int], None] = lambda steps: bar.advance(task, steps)
         result = fit_svi(
             key, hidden_factor_program, start.guide(), start.program_args,
-            num_steps=settings.num_steps, learning_rate=settings.learning_rate,
+            num_steps=num_steps, learning_rate=settings.learning_rate,
             num_particles=settings.num_particles, objective=settings.objective, on_progress=advance,
         )  # fmt: skip
         params = {name: np.asarray(value) for name, value in result.params.items()}

@@ -1,5 +1,6 @@
 """What is asked of a fit: the batches of a file, checked against what training saw, and the targets."""
 
+import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -169,4 +170,10 @@ def batch_targets(
     observed = np.array([c in slots for c in condition])
     slot = np.array([slots.get(c, 0) for c in condition])
     seen = Observations(observations.mean[slot], observations.noise[slot], observed, condition, context)
-    return BatchTargets(observations, condition, context, seen, rows)
+    identity = np.array([stream_of(name) for name in here.index], dtype=np.uint32)
+    return BatchTargets(observations, condition, context, seen, identity)
+
+
+def stream_of(name: str) -> int:
+    """What a name folds into a random key: the same whatever else is asked, 32 bits."""
+    return zlib.crc32(name.encode())

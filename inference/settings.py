@@ -2,15 +2,30 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
-class Settings(BaseModel):
-    """Everything a fit can be told beside the data; `fit` stores the values it ran with."""
+class TomlSettings(BaseModel):
+    """Settings that are read from a TOML file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Read settings; raises ValueError naming every unknown or impossible entry."""
+        try:
+            return cls(**tomllib.loads(Path(path).read_text()))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{path}: {faults}. Known settings: {', '.join(cls.model_fields)}") from None
+
+
+class Settings(TomlSettings):
+    """Everything a fit can be told beside the data; `fit` stores the values it ran with."""
 
     num_factors: int = Field(3, ge=0, le=32, description="upper bound on microenvironment factors")
     num_random_features: int = Field(48, ge=0, description="random Fourier features beside the genes")
@@ -23,18 +38,15 @@ class Settings(BaseModel):
     inference: Literal["svi", "nuts", "auto"] = Field(
         "svi", description="variational, NUTS, or NUTS where it takes about two minutes at most"
     )
+    law: Literal["gaussian", "diffusion", "auto"] = Field(
+        "gaussian",
+        description="response law: the program's, a diffusion around it, or what held-out batches prefer",
+    )
     objective: Literal["elbo", "iwae", "renyi"] = Field("elbo", description="bound that svi maximises")
-    num_steps: int = Field(1000, ge=10, description="steps of stochastic variational inference")
+    num_steps: int | None = Field(
+        None,
+        ge=10,
+        description="steps of variational inference; unset: 1,000 to 6,000, more for smaller tables",
+    )
     learning_rate: float = Field(0.05, gt=0, description="largest step of Adam; decays along a cosine")
     num_particles: int = Field(1, ge=1, description="draws of the guide per step")
-
-    @classmethod
-    def from_toml(cls, path: str | Path) -> "Settings":
-        """Read settings; raises ValueError naming every unknown or impossible entry."""
-        try:
-            return cls(**tomllib.loads(Path(path).read_text()))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path}: {faults}. Known settings: {', '.join(cls.model_fields)}") from None
