@@ -7,8 +7,9 @@ SHELL := /bin/bash
 bin := .venv/bin
 core := .venv/.hilbertcell-dev
 with_docs := .venv/.hilbertcell-docs
+with_torch := .venv/.hilbertcell-torch
 
-.PHONY: help venv demo test test-slow lint types docs bench bench-streaming constraints
+.PHONY: help venv torch demo test test-slow lint types docs bench bench-quick bench-neural bench-streaming constraints
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -21,16 +22,22 @@ $(with_docs): $(core)
 	scripts/make_venv.sh .venv dev,docs
 	@touch $@
 
+$(with_torch): $(core)
+	scripts/make_venv.sh .venv dev,torch,torch-dev
+	@touch $@
+
 venv: $(core) ## make .venv with hilbertcell and the developer's tools in it
+
+torch: $(with_torch) ## PyTorch in .venv as well (3 GB), for checkpoints made with it
 
 demo: $(core) ## from simulated donors to a report in demo/
 	$(bin)/hilbertcell demo --out demo --force
 
 test: $(core) ## the quick tests
-	$(bin)/pytest -q -m "not slow"
+	$(bin)/pytest -q -n auto --dist loadfile -m "not slow"
 
 test-slow: $(core) ## the statistical tests and benchmarks that take minutes
-	$(bin)/pytest -q -m slow
+	$(bin)/pytest -q -n auto --dist loadfile -m slow
 
 lint: $(core) ## style and layout of the source
 	$(bin)/ruff check .
@@ -44,19 +51,19 @@ docs: $(with_docs) ## the pages of docs/ as a site in docs/_build/html
 	$(bin)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-bench: $(core) ## the figures of docs/benchmarks.md (hours; needs the real data)
-	$(bin)/python -m hilbertcell.analyses.first_benchmarks
-	$(bin)/python -m hilbertcell.analyses.transport_benchmark
-	$(bin)/python -m hilbertcell.analyses.simulated_benchmark
-	$(bin)/python -m hilbertcell.analyses.calibration_benchmark
-	$(bin)/python -m hilbertcell.analyses.size_benchmark
-	$(bin)/hilbertcell benchmark --config analyses/benchmarks/shared.toml --out .benchmark
-	$(bin)/python -m hilbertcell.analyses.benchmark_page --grid .benchmark
+bench: $(core) ## all figures of docs/benchmarks.md (about an hour; needs the real data)
+	$(bin)/python -m hilbertcell.analyses.all_benchmarks
 
-bench-streaming: $(core) ## streaming a million simulated cells against merely reading them (half an hour, 2 GB of disk)
+bench-quick: $(core) ## two screens, few models and steps: every path of the benchmark in minutes (needs the real data)
+	$(bin)/hilbertcell benchmark --config analyses/benchmarks/quick.toml --out .benchmark/quick
+
+bench-neural: $(core) ## PerturbDiff beside the baselines (about an hour; needs the real data)
+	$(bin)/hilbertcell benchmark --config analyses/benchmarks/neural.toml --out .benchmark/neural
+
+bench-streaming: $(core) ## streaming a million simulated cells against merely reading them (ten minutes, 2 GB of disk)
 	$(bin)/python -m hilbertcell.analyses.streaming_benchmark
 	$(bin)/python -m hilbertcell.analyses.benchmark_page
 
 constraints: ## resolve constraints.txt afresh (needs uv)
-	uv pip compile pyproject.toml --extra dev --extra docs --upgrade --quiet --no-header --no-annotate \
+	uv pip compile pyproject.toml --extra dev --extra docs --extra torch --extra torch-dev --upgrade --quiet --no-header --no-annotate \
 	  --python-version 3.12 --python-platform x86_64-unknown-linux-gnu --output-file constraints.txt

@@ -1,21 +1,24 @@
 """What all tests share: where the real data lie, what must not be skipped, and that no test changes jax for the next.
 
 HILBERTCELL_DATA     the folder of real data sets, `../shared/data` beside the repository by default
-HILBERTCELL_REQUIRE  things (commas or spaces between them) whose absence is a failure and not a skip: `data`
+HILBERTCELL_REQUIRE  things (commas or spaces between them) whose absence is a failure and not a skip: `data`,
+                     `torch` (the extras `torch` and `torch-dev`)
 """
 
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports pyplot: no test may want a display
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL_THINGS = {"data"}
+OPTIONAL_THINGS = {"data", "torch"}
 REQUIRED = set(re.split(r"[,\s]+", os.environ.get("HILBERTCELL_REQUIRE", ""))) - {""}
 
 
@@ -41,6 +44,15 @@ def data_dir() -> Path:
     if not any(folder.glob("*.h5ad")):
         absent("data", f"no h5ad files in {folder}; HILBERTCELL_DATA names the folder of real data sets")
     return folder
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """PyTorch, with what makes checkpoints as its users do."""
+    missing = [name for name in ("torch", "omegaconf", "lightning") if importlib.util.find_spec(name) is None]
+    if missing:
+        absent("torch", f"no {', '.join(missing)}; install the extras torch and torch-dev")
+    return importlib.import_module("torch")
 
 
 @pytest.fixture(autouse=True)

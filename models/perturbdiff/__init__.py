@@ -8,7 +8,15 @@ from hilbertcell.models.perturbdiff.covariates import (
 from hilbertcell.models.perturbdiff.denoiser import Denoiser, init_denoiser, source_index
 from hilbertcell.models.perturbdiff.losses import energy_loss, squared_error
 from hilbertcell.models.perturbdiff.objective import Batch, Draws, Dropout, LossTerms, denoising_loss, draw
-from hilbertcell.models.perturbdiff.sampling import ddim_sample, ddim_steps, ddpm_steps, guided, sample
+from hilbertcell.models.perturbdiff.sampling import (
+    ddim_sample,
+    ddim_steps,
+    ddpm_steps,
+    dpm_steps,
+    guided,
+    sample,
+    strided_times,
+)
 from hilbertcell.models.perturbdiff.schedule import (
     Schedule,
     cosine_schedule,
@@ -44,6 +52,7 @@ __all__ = [
     "ddpm_steps",
     "denoising_loss",
     "diffuse",
+    "dpm_steps",
     "draw",
     "energy_loss",
     "from_state_dict",
@@ -55,5 +64,6 @@ __all__ = [
     "sample",
     "source_index",
     "squared_error",
+    "strided_times",
     "to_state_dict",
 ]

@@ -1,10 +1,11 @@
 """The denoiser: from a noised cell set, its controls and a condition to the clean cells.
 
     x = affine[X_t, X~_0] + v,   y = affine'[Y, 0] + v              tokens of both streams, v one learned vector
-    c = timestep(t) + class(cov)                                     condition
+    c = timestep(t) + class(cov) [+ affine(u)]                       condition
     x, y <- blocks(x, y, c);     X^_0 = ReLU(head(x, c))
 
-X~_0 is an earlier estimate (self-conditioning), Y the control cells, never noised. Shapes: B sets, S cells, G genes,
+u, a microenvironment shared by the cells of a set, is an option that the published network has not. X~_0 is an
+earlier estimate (self-conditioning), Y the control cells, never noised. Shapes: B sets, S cells, G genes,
 H hidden width. Values are in model units: log1p of normalised counts divided by 10.
 """
 
@@ -34,7 +35,9 @@ class Timestep(eqx.Module):
     def features(self, t: Array) -> Array:
         """Cosines, then sines, of t at F/2 geometric frequencies from 1 down; (B,) -> (B, F)."""
         half = self.first.weight.shape[1] // 2
-        dtype = self.first.weight.dtype
+        dtype = jnp.promote_types(
+            self.first.weight.dtype, jnp.float32
+        )  # bfloat16 cannot tell t = 997 from 998
         # The exponent is rounded to float32 because checkpoints saw it so: at t = 999 it moves an angle by 5e-5.
         exponent = np.float32(-np.log(_LONGEST_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
         angle = t.astype(dtype)[:, None] * jnp.asarray(np.exp(exponent.astype(np.float64)), dtype)
@@ -42,7 +45,8 @@ class Timestep(eqx.Module):
 
     def __call__(self, t: Array) -> Array:
         """(B,) -> (B, H)."""
-        return self.second(jax.nn.silu(self.first(self.features(t))))
+        features = self.features(t).astype(self.first.weight.dtype)
+        return self.second(jax.nn.silu(self.first(features)))
 
 
 class UnusedNorm(eqx.Module):
@@ -69,6 +73,7 @@ class Denoiser(eqx.Module):
         "blocks": "blocks",
         "head": "final_layer",
         "control_head": "control_final_layer",
+        "microenvironment": "microenvironment_embedding",
     }
 
     embed: Affine | dict[str, Affine]  # 2G -> H; one per data source when there are several
@@ -82,6 +87,7 @@ class Denoiser(eqx.Module):
     blocks: tuple[Block, ...]
     head: Head
     control_head: Head  # trained by nothing
+    microenvironment: Affine | None  # K -> H; not published
     class_silu: bool = eqx.field(static=True)  # one SiLU on the condition
 
     @property
@@ -94,13 +100,21 @@ class Denoiser(eqx.Module):
         """Names of the data sources that have their own embedders, sorted; empty when all share one."""
         return tuple(sorted(self.embed)) if isinstance(self.embed, dict) else ()
 
-    def condition(self, t: Array, covariates: Array | None, keep: Array | None = None) -> Array:
-        """Timestep vector plus class vector.
+    @property
+    def num_factors(self) -> int:
+        """K, the length of the microenvironment that every set comes with; 0 for the published network."""
+        return 0 if self.microenvironment is None else self.microenvironment.weight.shape[1]
+
+    def condition(
+        self, t: Array, covariates: Array | None, keep: Array | None = None, u: Array | None = None
+    ) -> Array:
+        """Timestep vector plus class vector, plus what the microenvironment says.
 
         Args:
             t: (B,) steps.
             covariates: (B, S, width), or (B, 1, width) when the cells of a set share them, or None: absent.
             keep: (B,) bool, where False the set's covariates are replaced by the null class; None keeps all.
+            u: (B, K) microenvironment of each set; never dropped.
 
         Returns:
             (B, S, H), or (B, 1, H) when no cell differs from its set.
@@ -112,6 +126,9 @@ class Denoiser(eqx.Module):
             if keep is not None:
                 classes = jnp.where(keep[:, None, None], classes, self.null_class)
         condition = self.timestep(t)[:, None, :] + classes
+        if self.microenvironment is not None:
+            assert u is not None  # see _check
+            condition = condition + self.microenvironment(u.astype(self.null_class.dtype))[:, None, :]
         return jax.nn.silu(condition) if self.class_silu else condition
 
     def streams(
@@ -142,6 +159,7 @@ class Denoiser(eqx.Module):
         *,
         keep: Array | None = None,
         source: Array | None = None,
+        u: Array | None = None,
     ) -> Array:
         """Estimate the clean cells.
 
@@ -153,6 +171,7 @@ class Denoiser(eqx.Module):
             covariates: (B, S, width) or (B, 1, width) from the covariate encoder, or None: unconditional.
             keep: (B,) bool, sets whose covariates are used; None uses all.
             source: (B,) index into `sources`; needed exactly when the denoiser has several.
+            u: (B, K) microenvironments; needed exactly when the denoiser has `num_factors`.
 
         Returns:
             (B, S, G) estimate of the clean cells, >= 0.
@@ -160,8 +179,8 @@ class Denoiser(eqx.Module):
         Raises:
             ValueError: naming the argument whose shape does not fit.
         """
-        self._check(x_t, previous_x0, control, t, covariates, source)
-        c = self.condition(t, covariates, keep)
+        self._check(x_t, previous_x0, control, t, covariates, source, u)
+        c = self.condition(t, covariates, keep, u)
         x, _ = self.streams(jnp.concatenate([x_t, previous_x0], axis=-1), control, c, source)
         return jax.vmap(self.head)(x, c)
 
@@ -177,7 +196,7 @@ class Denoiser(eqx.Module):
         one = every.at[jnp.arange(len(inputs)), source]
         return one.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
-    def _check(self, x_t, previous_x0, control, t, covariates, source) -> None:
+    def _check(self, x_t, previous_x0, control, t, covariates, source, u) -> None:
         expected = (*x_t.shape[:2], self.num_genes)
         given = {"x_t": x_t, "previous_x0": previous_x0, "control": control}
         wrong = [
@@ -192,6 +211,10 @@ class Denoiser(eqx.Module):
             wrong.append(f"covariates have shape {covariates.shape}, expected {(*x_t.shape[:2], width)}")
         if source is not None and not self.sources:
             wrong.append("source was given, but all sources share one embedder")
+        if (() if u is None else u.shape) != ((len(x_t), self.num_factors) if self.num_factors else ()):
+            wrong.append(
+                f"u has shape {None if u is None else u.shape}, this denoiser has {self.num_factors} factors"
+            )
         if wrong:
             raise ValueError("; ".join(wrong))
 
@@ -207,6 +230,7 @@ def init_denoiser(
     num_timestep_features: int = 256,
     gene_features: int = 5120,
     sources: tuple[str, ...] = (),
+    num_factors: int = 0,
     class_silu: bool = False,
     norm: QKNorm = "mean_square",
 ) -> Denoiser:
@@ -225,6 +249,7 @@ def init_denoiser(
         num_timestep_features: F, even.
         gene_features: input width of the gene map that is stored and never applied; 0 leaves it out.
         sources: names of data sources with embedders of their own; empty for one shared pair.
+        num_factors: K, length of the microenvironment that sets come with; 0 as published.
         class_silu: apply one SiLU to the condition.
         norm: form of the query/key normalisation, see `layers.qk_norm`.
 
@@ -255,6 +280,7 @@ def init_denoiser(
         blocks=tuple(init_block(next(keys), hidden, num_heads, norm) for _ in range(depth)),
         head=init_head(next(keys), num_genes, hidden),
         control_head=init_head(next(keys), num_genes, hidden),
+        microenvironment=layers.zeros(hidden, num_factors) if num_factors else None,
         class_silu=class_silu,
     )
 

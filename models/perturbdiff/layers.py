@@ -26,6 +26,11 @@ class Affine(eqx.Module):
         return x @ self.weight[:, : x.shape[-1]].T + self.bias
 
 
+def at_least_float32(x: Array) -> Array:
+    """`x` in float32, or in float64 if it is; sums of squares in bfloat16 would have two digits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def gaussian(key: Array, *shape: int) -> Array:
     """N(0, 1) parameters."""
     return jax.random.normal(key, shape, FLOAT)
@@ -64,9 +69,10 @@ def fan_in(key: Array, num_out: int, num_in: int) -> Affine:
 
 
 def layer_norm(x: Array) -> Array:
-    """Centre and scale the last axis to mean square one; no learned weight."""
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPS)
+    """Centre and scale the last axis to mean square one, in float32 at least; no learned weight."""
+    wide = at_least_float32(x)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPS)).astype(x.dtype)
 
 
 def qk_norm(x: Array, weight: Array, form: QKNorm) -> Array:
@@ -79,10 +85,13 @@ def qk_norm(x: Array, weight: Array, form: QKNorm) -> Array:
             deviation although nothing is centred: what timm before 1.0.13 computed under the same name, which a
             checkpoint trained with it needs.
     """
+    wide = at_least_float32(x)
     square = (
-        jnp.square(x).mean(-1, keepdims=True) if form == "mean_square" else x.var(-1, ddof=1, keepdims=True)
+        jnp.square(wide).mean(-1, keepdims=True)
+        if form == "mean_square"
+        else wide.var(-1, ddof=1, keepdims=True)
     )
-    return x * jax.lax.rsqrt(square + NORM_EPS) * weight
+    return (wide * jax.lax.rsqrt(square + NORM_EPS) * weight).astype(jnp.promote_types(x.dtype, weight.dtype))
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:

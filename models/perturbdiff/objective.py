@@ -10,6 +10,7 @@ set, the squared error sees index-paired cells.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -25,10 +26,11 @@ class Batch(NamedTuple):
 
     x0: Array  # (B, S, G) perturbed cells
     control: Array  # (B, S, G) control cells, index-paired
-    perturbation: Array  # (B, S) int ids
-    cell_type: Array  # (B, S)
-    batch: Array  # (B, S)
+    perturbation: Array  # (B, S) int ids, or (B, 1) where the cells of a set share them, as the next two
+    cell_type: Array
+    batch: Array
     source: Array | None = None  # (B,) index into `Denoiser.sources`
+    u: Array | None = None  # (B, K) microenvironments, where the denoiser takes them
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,25 @@ def denoising_loss(
     draws: Draws,
     schedule: Schedule,
     energy_weight: float = 1.0,
+    compute_dtype: str = "float32",
 ) -> tuple[Array, LossTerms]:
     """The loss, a scalar, and its terms per set.
+
+    With `compute_dtype` "bfloat16" the network runs on weights rounded to it; the loss, its gradient in the weights and
+    the weights themselves stay as they are.
 
     A set that is not finite makes the loss not finite; the published mean over sets skips it in silence.
     """
     signal, spread = (jnp.asarray(c)[draws.t][:, None, None] for c in forward_coefficients(schedule))
     x_t = signal * batch.x0 + spread * draws.noise
     control = jnp.where(draws.keep_control[:, None, None], batch.control, 0.0)
+    if compute_dtype != "float32":
+        denoiser, encoder = rounded((denoiser, encoder), compute_dtype)
     covariates = encoder(batch.perturbation, batch.cell_type, batch.batch)
 
     def estimate(denoiser: Denoiser, covariates: Array, previous_x0: Array) -> Array:
-        return denoiser(
-            x_t, previous_x0, control, draws.t, covariates, keep=draws.keep_condition, source=batch.source
-        )
+        options = {"keep": draws.keep_condition, "source": batch.source, "u": batch.u}
+        return denoiser(x_t, previous_x0, control, draws.t, covariates, **options).astype(x_t.dtype)
 
     # The first pass costs nothing where it is not used, and its inputs carry no gradient.
     first = jax.lax.cond(
@@ -112,3 +119,8 @@ def denoising_loss(
     x0 = estimate(denoiser, covariates, jnp.where(draws.self_condition[:, None, None], first, 0.0))
     terms = LossTerms(squared_error(batch.x0, x0), energy_loss(batch.x0, x0))
     return terms.squared_error.mean() + energy_weight * terms.energy.mean(), terms
+
+
+def rounded[Tree](networks: Tree, dtype: str) -> Tree:
+    """The same networks with all real parameters in `dtype`; gradients through it arrive in the old one."""
+    return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, networks)

@@ -1,10 +1,10 @@
 """Sampling cell sets: schedule, denoiser, guidance, step rule and time grid are five separate parts.
 
-Every rule here is linear in the estimate X^ of the clean cells, the state and a fresh Gaussian z,
+Every rule here is linear in the estimate X^ of the clean cells, the one before, the state and a fresh Gaussian z,
 
-    X_next = a X^ + b X_t + s z,                X^ = estimate(X_t, X^_previous, t)
+    X_next = a X^ + b X_t + c X^_previous + s z,                X^ = estimate(X_t, X^_previous, t)
 
-so a rule is a table of (t, a, b, s), computed on the host in float64. The estimate of one step is the
+so a rule is a table of (t, a, b, s, c), computed on the host in float64. The estimate of one step is the
 self-conditioning input of the next; the first step gets zeros.
 """
 
@@ -33,6 +33,7 @@ class Steps(NamedTuple):
     estimate: NDArray | Array  # a
     state: NDArray | Array  # b
     noise: NDArray | Array  # s
+    previous: NDArray | Array  # c
 
 
 class State(NamedTuple):
@@ -69,7 +70,21 @@ def ddim_steps(schedule: Schedule, times: NDArray[np.integer], eta: float = 0.0)
     noise = eta * np.sqrt((1.0 - following) / (1.0 - alpha_bar)) * np.sqrt(1.0 - alpha_bar / following)
     # The direction to X_t is eps = (X_t - sqrt(alpha_bar) X^) / sqrt(1 - alpha_bar).
     state = np.sqrt(np.maximum(1.0 - following - noise**2, 0.0)) / np.sqrt(1.0 - alpha_bar)
-    return Steps(times, np.sqrt(following) - state * np.sqrt(alpha_bar), state, noise)
+    return Steps(times, np.sqrt(following) - state * np.sqrt(alpha_bar), state, noise, np.zeros_like(noise))
+
+
+def dpm_steps(schedule: Schedule, times: NDArray[np.integer]) -> Steps:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): as DDIM without noise, of second order in the step.
+
+    With lambda = log(signal / spread), h its step and r the step before divided by h, the estimate of a DDIM step is
+    extrapolated to X^ + (X^ - X^_previous) / (2 r). The first step and the last, to the clean cells, are those of DDIM.
+    """
+    plain = ddim_steps(schedule, times)
+    alpha_bar = schedule.alphas_cumprod[times]
+    step = np.diff(0.5 * np.log(alpha_bar / (1.0 - alpha_bar)))
+    weight = np.zeros(len(times))
+    weight[1:-1] = 0.5 * step[1:] / step[:-1]
+    return plain._replace(estimate=plain.estimate * (1.0 + weight), previous=-plain.estimate * weight)
 
 
 def ddpm_steps(schedule: Schedule, start_time: int) -> Steps:
@@ -77,7 +92,9 @@ def ddpm_steps(schedule: Schedule, start_time: int) -> Steps:
     times = published_times(start_time)
     _check_grid(times, schedule)
     noise = np.exp(0.5 * schedule.fixed_large_log_variance[times]) * (times > 0)
-    return Steps(times, schedule.posterior_mean_coef1[times], schedule.posterior_mean_coef2[times], noise)
+    return Steps(
+        times, schedule.posterior_mean_coef1[times], schedule.posterior_mean_coef2[times], noise, 0.0 * noise
+    )
 
 
 def guided(
@@ -87,6 +104,7 @@ def guided(
     guidance: float | Array,
     *,
     source: Array | None = None,
+    u: Array | None = None,
 ) -> Estimate:
     """Classifier-free guidance (Ho & Salimans 2022), written on the clean cells, then the threshold.
 
@@ -102,14 +120,15 @@ def guided(
         covariates: (B, S, width) or (B, 1, width), or None.
         guidance: w; 0 is none.
         source: see `Denoiser`.
+        u: see `Denoiser`; given in both passes.
     """
     single = covariates is None or (isinstance(guidance, (int, float)) and guidance == 0)
 
     def estimate(x_t: Array, previous_x0: Array, t: Array) -> Array:
-        x0 = denoiser(x_t, previous_x0, control, t, covariates, source=source)
+        x0 = denoiser(x_t, previous_x0, control, t, covariates, source=source, u=u)
         if not single:
             x0 = (1.0 + guidance) * x0 - guidance * denoiser(
-                x_t, previous_x0, control, t, None, source=source
+                x_t, previous_x0, control, t, None, source=source, u=u
             )
         return jnp.where(x0 < CUTOFF, 0.0, x0)
 
@@ -126,8 +145,8 @@ def step(estimate: Estimate, row: Steps, state: State, noise: Array | None) -> S
     t = jnp.full(len(state.x_t), row.time)
     dtype = state.x_t.dtype
     x0 = estimate(state.x_t, state.previous_x0, t).astype(dtype)
-    a, b, s = (jnp.asarray(weight, dtype) for weight in (row.estimate, row.state, row.noise))
-    x_next = a * x0 + b * state.x_t
+    a, b, s, c = (jnp.asarray(weight, dtype) for weight in row[1:])
+    x_next = a * x0 + b * state.x_t + c * state.previous_x0
     return State(x_next if noise is None else x_next + s * noise, x0)
 
 

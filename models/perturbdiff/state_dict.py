@@ -161,6 +161,7 @@ def _denoiser_skeleton(state: State, num_heads: int, class_silu: bool, norm: QKN
             f"say {2 * hidden / head_width:g}"
         )
     gene_map = "gene_embedding.gene_embedding.weight"
+    factors = "microenvironment_embedding.weight"
     return eqx.filter_eval_shape(
         init_denoiser,
         jax.random.key(0),
@@ -174,6 +175,7 @@ def _denoiser_skeleton(state: State, num_heads: int, class_silu: bool, norm: QKN
         sources=tuple(
             sorted({n.split(".")[1] for n in state if n.startswith("x_embedder.") and n.count(".") == 2})
         ),
+        num_factors=shape(factors, 2)[1] if factors in state else 0,
         class_silu=class_silu,
         norm=norm,
     )

@@ -42,6 +42,7 @@ class Recipe:
     energy_weight: float = 1.0
     num_train_steps: int = 1000
     dropout: Dropout = field(default_factory=Dropout)
+    compute_dtype: str = "float32"
 
 
 class TrainState(NamedTuple):
@@ -133,7 +134,7 @@ def loss_and_gradients(
     schedule = linear_schedule(recipe.num_train_steps)
 
     def loss(networks: Networks) -> tuple[Array, LossTerms]:
-        return denoising_loss(*networks, batch, draws, schedule, recipe.energy_weight)
+        return denoising_loss(*networks, batch, draws, schedule, recipe.energy_weight, recipe.compute_dtype)
 
     value, gradients = eqx.filter_value_and_grad(loss, has_aux=True)(networks)
     return value, named_arrays(*gradients)

@@ -31,7 +31,23 @@ KEY_OPTIONS = {
 OPTIONS = {
     "inspect": KEY_OPTIONS,
     "split": KEY_OPTIONS | {"--split", "--out", "--seed", "--force"},
-    "fit": KEY_OPTIONS | {"--out", "--holdout", "--seed", "--settings", "--inference", "--force"},
+    "fit": KEY_OPTIONS
+    | {"--out", "--holdout", "--seed", "--settings", "--inference", "--law", "--force"}
+    | {"--model", "--preset", "--test-perturbations"},
+    "pretrain": {
+        "--out",
+        "--context",
+        "--batch",
+        "--scale",
+        "--library-size",
+        "--settings",
+        "--seed",
+        "--force",
+    },
+    "finetune": KEY_OPTIONS | {"--out", "--holdout", "--settings", "--reset-modulation", "--seed", "--force"},
+    "generate": {"--out", "--targets", "--cells-per-population", "--sampler", "--sample-steps", "--guidance"}
+    | {"--seed", "--force"},
+    "convert": {"--out", "--preset", "--genes", "--force"},
     "predict": {"--out", "--targets", "--num-samples", "--seed", "--observe", "--new-batch", "--cells"}
     | {"--cells-per-population", "--draw-index", "--draws", "--force"},
     "evaluate": {"--cells", "--out", "--force"},

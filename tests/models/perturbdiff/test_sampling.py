@@ -84,7 +84,7 @@ def test_ddim_without_noise_ends_on_the_estimate_exactly():
 def test_guidance_and_threshold():
     conditional, null = np.array([0.5, 0.1, 2e-4, 0.3]), np.array([0.25, 0.3, 2e-4, 0.3001])
 
-    def denoiser(x_t, previous_x0, control, t, covariates, source=None):
+    def denoiser(x_t, previous_x0, control, t, covariates, **_):
         np.testing.assert_array_equal(control, np.full((1, 1, 4), 7.0))  # both passes see the controls
         return jnp.asarray(null if covariates is None else conditional)[None, None]
 
