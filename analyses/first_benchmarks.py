@@ -150,7 +150,8 @@ def few_shot_fold(
     mask = given_mask(split, populations.labels)
     tables, pits = [], []
     for name in split.held_out:
-        others = truth.select((truth.labels["context"] != truth.labels.loc[name, "context"]).to_numpy())
+        labels = truth.labels
+        others = truth.rows(labels.index[labels["context"] != labels.loc[name, "context"]])
         number = min(FEW_SHOT_CELLS, int(populations.labels.loc[name, "num_cells"]))
         for draw in range(num_draws):
             given = populations.select(mask | (populations.labels.index == name))
