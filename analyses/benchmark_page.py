@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -112,7 +113,8 @@ def assemble(docs: Path) -> str:
                 f"Made on {made['date']} in {made['seconds'] / 60:.1f} min, load {made['load']} before.\n"
             )
         elif part.exists() and name != "streaming":  # which says it itself
-            page.append("Made by itself, at another time than the rest.\n")
+            made_on = time.strftime("%Y-%m-%d %H:%M", time.localtime(part.stat().st_mtime))
+            page.append(f"Made by itself on {made_on}.\n")
     return "\n".join(page)
 
 

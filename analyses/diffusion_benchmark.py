@@ -41,8 +41,8 @@ GAP = 1.2  # between the two modes, in units of the noise of one cell; five sd o
 WIDTH, DEPTH = 64, 2
 EVALUATIONS = (8, 12, 16, 200)
 DEVICES = ("cpu", "gpu")
-# Published limits of one H200 (dense bf16 multiply-adds, memory), against which a GPU's row is read.
-BF16_FLOPS, BANDWIDTH = 989e12, 4.8e12
+# Published limit of one H200, dense bf16 operations a second, against which a GPU's row is read.
+BF16_FLOPS = 989e12
 
 
 def variances() -> np.ndarray:

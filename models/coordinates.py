@@ -18,7 +18,7 @@ from jax import Array
 
 from hilbertcell.models.denoisers import Condition
 from hilbertcell.models.embedding import Coordinates
-from hilbertcell.models.microenvironment import Globals, Latents
+from hilbertcell.models.microenvironment import Globals, Latents, response_mean
 
 
 class CoordinateMap(NamedTuple):
@@ -51,14 +51,6 @@ def residual_basis(globals_: Globals, mapping: CoordinateMap) -> ResidualBasis:
     scaled = globals_.response_scale[..., None] * mapping.directions
     values, vectors = jnp.linalg.eigh(jnp.einsum("cdq,cdr->cqr", scaled, scaled))
     return ResidualBasis(vectors, jnp.maximum(values, 0.0))
-
-
-def response_mean(globals_: Globals, latents: Latents, condition: Array, context: Array) -> Array:
-    """Means (T, D) of the latent perturbed means of conditions (T,), given the latents of their batch."""
-    strength = globals_.strength[condition][:, None]
-    own = globals_.slope * (latents.control_mean[context] - globals_.alpha[context])
-    shared = latents.batch_effect + globals_.shared_response(condition, latents.microenvironment)
-    return latents.control_mean[context] + globals_.effect[condition] + strength * (own + shared)
 
 
 def given_draws(

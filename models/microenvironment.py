@@ -230,6 +230,14 @@ def draw_latents(key: Array, globals_: Globals, batch: Observations) -> Latents:
     return Latents(u, d, globals_.alpha + x)
 
 
+def response_mean(globals_: Globals, latents: Latents, condition: Array, context: Array) -> Array:
+    """Means (T, D) of the latent perturbed means of conditions (T,), given the latents of their batch."""
+    strength = globals_.strength[condition][:, None]
+    own = globals_.slope * (latents.control_mean[context] - globals_.alpha[context])
+    shared = latents.batch_effect + globals_.shared_response(condition, latents.microenvironment)
+    return latents.control_mean[context] + globals_.effect[condition] + strength * (own + shared)
+
+
 def draw_response(
     key: Array,
     globals_: Globals,
@@ -249,12 +257,8 @@ def draw_response(
         seen: observations of the targets themselves, `mean`, `noise` (T, D) and `observed` (T,), or None: then
             every target is unseen. A target that was seen is drawn given its own cells too.
     """
+    mean = response_mean(globals_, latents, condition, context)
     strength = globals_.strength[condition][:, None]
-    x = latents.control_mean[context] - globals_.alpha[context]
-    common = latents.batch_effect + globals_.shared_response(condition, latents.microenvironment)
-    mean = (
-        latents.control_mean[context] + globals_.effect[condition] + strength * (globals_.slope * x + common)
-    )
     variance = (strength * globals_.response_scale[context]) ** 2
     if seen is not None:
         gain = seen.observed[:, None] * variance / (variance + seen.noise)

@@ -18,7 +18,7 @@ def test_sections_leave_their_times_and_failures_are_named(tmp_path):
     assert f"12 s\n\nMade on {times['size']['date']} in" in page
     assert page.count("Made on") == 1
     (tmp_path / "_parts/kang_cells.md").write_text("old\n")
-    assert "old\n\nMade by itself, at another time" in assemble(tmp_path)
+    assert "old\n\nMade by itself on 20" in assemble(tmp_path)
 
 
 def test_every_part_of_the_page_has_a_section_that_makes_it():

@@ -10,9 +10,8 @@ from hilbertcell.models.coordinates import (
     complete,
     given_draws,
     residual_basis,
-    response_mean,
 )
-from hilbertcell.models.microenvironment import Globals, Latents, draw_response
+from hilbertcell.models.microenvironment import Globals, Latents, draw_response, response_mean
 
 C, E, D, Q, K = 2, 3, 5, 2, 1
 CONTEXT = jnp.array([0, 1, 1])
