@@ -19,10 +19,11 @@ from hilbertcell.models.microenvironment import Observations
 # Gradients of the collapsed density are dominated by a few scales early on; clipping keeps Adam's second moments sane.
 _CLIP_NORM = 50.0
 _FINAL_RATE = 0.02  # share of the learning rate left at the last step: averages out the noise of the gradient
-# Observed means from which a table is large. It has no time for more than 1,000 steps, and they take about half the
-# time in single precision; a smaller one is not at its optimum after as many, and has time for up to 6,000.
+# Observed means from which a table is large: steps take about half the time in single precision.
 _LARGE = 200_000
-_USUAL_STEPS = (1000, 6000)
+# A small table is not at its optimum after 1,000 steps and has time for up to 6,000; from this many observed means on
+# (five donors of 600 genes) the fit would take minutes.
+_USUAL_STEPS, _SMALL = (1000, 6000), 30_000
 
 Objective = Literal["elbo", "iwae", "renyi"]
 _ORDER = {"iwae": 0.0, "renyi": 0.5}
@@ -32,7 +33,7 @@ _MIN_PARTICLES = 8
 def usual_steps(layout: Observations) -> int:
     """Steps that are taken if nobody says how many, for a table (B, C + J, D); in hundreds."""
     fewest, most = _USUAL_STEPS
-    return int(np.clip(fewest * _LARGE // layout.noise.size // 100 * 100, fewest, most))
+    return int(np.clip(fewest * _SMALL // layout.noise.size // 100 * 100, fewest, most))
 
 
 class VariationalFit(NamedTuple):

@@ -147,7 +147,7 @@ def test_small_tables_get_more_steps():
     def steps(*shape: int) -> int:
         return usual_steps(Observations(*(np.broadcast_to(0.0, shape),) * 2, *(np.zeros(0),) * 3))
 
-    assert [steps(6, 10, 72), steps(10, 20, 500), steps(20, 100, 2048)] == [6000, 2000, 1000]
+    assert [steps(6, 10, 72), steps(6, 10, 250), steps(20, 100, 2048)] == [6000, 2000, 1000]
 
 
 def test_many_features_are_not_coupled_to_what_they_share(problem, monkeypatch):
