@@ -91,9 +91,16 @@ def report(draws: xr.DataTree, path: str | Path) -> None:
         interval=round(100 * INTERVAL),
         version=draws.attrs.get("hilbertcell_version", "unknown"),
         seed=draws.attrs.get("seed", "unknown"),
+        law=_law(draws),
         num_draws=int(draws["predictions"].sizes["draw"] * draws["predictions"].sizes["chain"]),
     )
     Path(path).write_text(page, encoding="utf-8")
+
+
+def _law(draws: xr.DataTree) -> str:
+    """The response law of the fit, and why it is that one."""
+    name, reason = draws.attrs.get("law", "unknown"), draws.attrs.get("law_reason", "as set")
+    return f"{name} ({reason})"
 
 
 def inline_svg(figure: Figure, alt: str, name: str) -> Markup:

@@ -30,7 +30,12 @@ def draws_attrs(fit: "Fit") -> dict[str, Any]:
     """Attributes of the tree: what wrote it and what the columns of the data mean."""
     from hilbertcell import __version__
 
-    return {"hilbertcell_version": __version__, "keys": json.dumps(fit.keys.to_dict())}
+    return {
+        "hilbertcell_version": __version__,
+        "keys": json.dumps(fit.keys.to_dict()),
+        "law": fit.choice.name,
+        "law_reason": fit.choice.reason,
+    }
 
 
 def per_draw(values: np.ndarray, *dims: str) -> tuple[tuple[str, ...], np.ndarray]:
