@@ -51,6 +51,5 @@ class PresetName(StrEnum):
 class SamplerName(StrEnum):
     """How PerturbDiff generates."""
 
-    published = "published"
     ddim = "ddim"
     dpm = "dpm"

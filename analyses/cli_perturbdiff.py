@@ -181,6 +181,9 @@ def generate(
     sampler: Annotated[
         SamplerName | None, typer.Option(help="Other than the fit's.", show_default=False)
     ] = None,
+    start_time: Annotated[
+        int | None, given("T", "Index of the chain to start below; 1000 is all of it.", least=2)
+    ] = None,
     sample_steps: Annotated[int | None, given("K", "Steps of the sampler.", least=2)] = None,
     guidance: Annotated[
         float | None, typer.Option(metavar="W", min=0.0, help="0 halves the cost.", show_default=False)
@@ -199,7 +202,12 @@ def generate(
         raise UsageProblem(
             f"{fit}: does not say what the columns of a file mean; convert it again with --preset"
         )
-    given = {"sampler": sampler and sampler.value, "sample_steps": sample_steps, "guidance": guidance}
+    given = {
+        "sampler": sampler and sampler.value,
+        "start_time": start_time,
+        "sample_steps": sample_steps,
+        "guidance": guidance,
+    }
     populations = read_file(file, **vars(fitted.keys), require=("control",))
     changes = {name: value for name, value in given.items() if value is not None}
     made = generated_cells(fitted, populations, wanted, cells_per_population, seed, **changes)

@@ -21,7 +21,7 @@ PERTURBDIFF = "perturbdiff"
 SMALL = {
     "hidden": 64, "depth": 2, "num_heads": 2, "covariate_hidden": 32, "gene_features": 0,
     "batch_covariate": False, "start_at_mean": True, "set_size": 32, "cells_per_batch": 256, "max_steps": 1000,
-    "learning_rate": 1e-3, "average_every": 1, "sampler": "ddim", "sample_steps": 20, "guidance": 0.0,
+    "learning_rate": 1e-3, "average_every": 1, "start_time": 1000, "sample_steps": 20, "guidance": 0.0,
 }  # fmt: skip
 
 

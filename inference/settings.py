@@ -20,8 +20,22 @@ class TomlSettings(BaseModel):
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path}: {faults}. Known settings: {', '.join(cls.model_fields)}") from None
+            raise ValueError(
+                f"{path}: {_faults(error)}. Known settings: {', '.join(cls.model_fields)}"
+            ) from None
+
+    def changed(self, **changes: object) -> Self:
+        """The same with other values for some settings; raises ValueError naming every unknown or impossible one."""
+        try:
+            return type(self)(**(self.model_dump() | changes))
+        except ValidationError as error:
+            raise ValueError(_faults(error)) from None
+
+
+def _faults(error: ValidationError) -> str:
+    """What is wrong, setting by setting; a fault of several settings together has no place of its own."""
+    places = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+    return "; ".join(f"{place}: {text}" if place else text for place, text in places)
 
 
 class Settings(TomlSettings):

@@ -73,16 +73,17 @@ class PerturbDiffFit:
         """Cells (n, G) of every target (T rows of labels), natural scale; see `generation.generate`.
 
         `populations` holds the controls; `changes` are settings of the sampler other than the fit's (`sampler`,
-        `sample_steps`, `guidance`).
+        `start_time`, `sample_steps`, `guidance`).
 
         Raises:
             DataError: the fit holds no genes, or other ones; a label it does not know; no controls.
+            ValueError: changes that no sampler has.
         """
         if self.genes is None:
             raise DataError(
                 "genes = None: this checkpoint does not say its genes; convert it again with --genes FILE, one name a line"
             )
-        settings = PerturbDiffSettings(**(self.settings.model_dump() | changes))
+        settings = self.settings.changed(**changes)
         controls = populations.match_genes(self.genes)
         return generate(
             self.networks, self.vocabulary, self.unit, settings, controls, targets, num_cells, seed, u
@@ -240,7 +241,9 @@ def fingerprint(fitted: PerturbDiffFit, labels: pd.DataFrame) -> str:
     """What tells this training from others: settings, labels, genes, seed, first weights."""
     digest = hashlib.sha256()
     assert fitted.genes is not None
-    settings = fitted.settings.model_dump(exclude={"checkpoint_every", "sampler", "sample_steps", "guidance"})
+    settings = fitted.settings.model_dump(
+        exclude={"checkpoint_every", "sampler", "start_time", "sample_steps", "guidance"}
+    )
     for part in (
         settings,
         fitted.vocabulary.to_dict(),

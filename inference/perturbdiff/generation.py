@@ -24,7 +24,7 @@ from hilbertcell.models.perturbdiff import (
     strided_times,
 )
 from hilbertcell.models.perturbdiff.objective import rounded
-from hilbertcell.models.perturbdiff.sampling import Steps, published_times
+from hilbertcell.models.perturbdiff.sampling import Steps
 
 _BLOCK_CELLS = 4096  # generated at a time
 
@@ -93,7 +93,7 @@ def generate(
             jnp.asarray(control),
             encoder(*(own[:, j, None] for j in range(3))),
             None if strength is None else jnp.asarray(strength, jnp.float32),
-            (settings.sampler, settings.sample_steps),
+            (settings.sampler, settings.start_time, settings.sample_steps),
             None if source is None else jnp.full(len(rows), source),
             None if u is None else jnp.asarray(u[owner[rows]], jnp.float32),
         )
@@ -105,18 +105,15 @@ def generate(
     ]
 
 
-def sampler_steps(sampler: str, num_steps: int, num_train_steps: int = 1000) -> Steps:
-    """The step rule that a setting names."""
-    schedule = linear_schedule(num_train_steps)
-    if sampler == "published":
-        return ddim_steps(schedule, published_times(num_steps))
+def sampler_steps(sampler: str, start_time: int, num_steps: int) -> Steps:
+    """The step rule that settings name, over indices start_time - 1 to 0."""
     rule = {"ddim": ddim_steps, "dpm": dpm_steps}[sampler]
-    return rule(schedule, strided_times(num_steps, num_train_steps))
+    return rule(linear_schedule(), strided_times(num_steps, start_time))
 
 
 @eqx.filter_jit
 def sample_sets(denoiser, noise, control, covariates, strength, rule, source, u) -> Array:
-    """Compiled: sets (B, S, G) from noise; `rule` = (sampler, steps), `strength` a scalar array or None."""
+    """Compiled: sets (B, S, G) from noise; `rule` = (sampler, start_time, steps), `strength` a scalar array or None."""
     estimate = guided(denoiser, control, covariates, 0 if strength is None else strength, source=source, u=u)
     return sample(estimate, sampler_steps(*rule), noise)
 

@@ -1,8 +1,8 @@
 """Settings of a PerturbDiff fit; defaults are the published recipe for PBMC from scratch."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hilbertcell.inference.settings import TomlSettings
 from hilbertcell.models.perturbdiff import Dropout, Recipe
@@ -41,11 +41,22 @@ class PerturbDiffSettings(TomlSettings):
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the network's arithmetic")
     checkpoint_every: int = Field(10_000, ge=1, description="steps between two saved states of a training")
-    sampler: Literal["published", "ddim", "dpm"] = Field(
-        "published", description="the last `sample_steps` indices of the chain, or that many over all of it"
+    sampler: Literal["ddim", "dpm"] = Field("ddim", description="step rule; DDIM as published")
+    start_time: int = Field(
+        100, ge=2, le=1000, description="index of the chain that sampling starts below; 1000 is all of it"
     )
-    sample_steps: int = Field(100, ge=2, le=1000)
+    sample_steps: int = Field(
+        100, ge=2, le=1000, description="steps over these indices; as many, and each is visited"
+    )
     guidance: float = Field(1.0, ge=0, description="w; 0 halves the network evaluations")
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if self.sample_steps > self.start_time:
+            raise ValueError(
+                f"sample_steps = {self.sample_steps} is more than the start_time = {self.start_time} indices there are"
+            )
+        return self
 
     @property
     def recipe(self) -> Recipe:

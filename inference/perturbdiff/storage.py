@@ -26,7 +26,7 @@ from hilbertcell.inference.perturbdiff.training_run import Networks
 from hilbertcell.inference.perturbdiff.vocabulary import Vocabulary
 from hilbertcell.models.perturbdiff import StateDictError, from_state_dict, to_state_dict
 
-FORMAT = 1
+FORMAT = 2
 MODEL = "perturbdiff"
 _PACKAGES = ("hilbertcell", "jax", "equinox", "numpy")
 _HEAD = "blocks.0.block.attn.q_norm.weight"

@@ -52,11 +52,11 @@ def published_times(start_time: int) -> NDArray[np.int64]:
     return np.arange(start_time)[::-1]
 
 
-def strided_times(num_steps: int, num_train_steps: int = 1000) -> NDArray[np.int64]:
-    """`num_steps` indices spread evenly from T - 1 down to 0, both included."""
-    if not 2 <= num_steps <= num_train_steps:
-        raise ValueError(f"num_steps = {num_steps}: a strided grid has 2 to T = {num_train_steps} steps")
-    return np.round(np.linspace(num_train_steps - 1, 0, num_steps)).astype(np.int64)
+def strided_times(num_steps: int, start_time: int = 1000) -> NDArray[np.int64]:
+    """`num_steps` indices spread evenly from `start_time` - 1 down to 0, both included; `start_time` = T: all of the chain."""
+    if not 2 <= num_steps <= start_time:
+        raise ValueError(f"num_steps = {num_steps}: a strided grid has 2 to start_time = {start_time} steps")
+    return np.round(np.linspace(start_time - 1, 0, num_steps)).astype(np.int64)
 
 
 def ddim_steps(schedule: Schedule, times: NDArray[np.integer], eta: float = 0.0) -> Steps:

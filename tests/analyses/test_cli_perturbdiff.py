@@ -18,7 +18,7 @@ gene_features = 0
 set_size = 8
 cells_per_batch = 32
 max_steps = 224
-sampler = "ddim"
+start_time = 1000
 sample_steps = 4
 """
 
@@ -87,6 +87,11 @@ def test_one_run(torch, screen, screen_file, keys, call, tmp_path, monkeypatch):
         code, text = call("generate", folder, screen_file, "--targets", "targets.csv", "--cells-per-population", "7",
                           "--sampler", "dpm", "--guidance", "0", "--out", f"{folder}.h5ad")  # fmt: skip
         assert code == 0, text
+    code, text = call(
+        "generate", "fit", screen_file, "--targets", "targets.csv", "--start-time", "3", "--out", "no.h5ad"
+    )
+    assert code == 2
+    assert "sample_steps = 4 is more than the start_time = 3 indices there are" in " ".join(text.split())
     cells = anndata.read_h5ad("fit.h5ad")
     assert cells.shape == (14, 8)
     assert cells.obs["donor"].tolist() == ["d1"] * 7 + ["d2"] * 7

@@ -18,7 +18,7 @@ KEYS = {"perturbation": "cytokine", "control": "PBS", "context": "cell_type", "b
 
 SETTINGS = PerturbDiffSettings(
     hidden=32, depth=1, num_heads=2, covariate_hidden=4, gene_features=0, set_size=8, cells_per_batch=32,
-    max_steps=240, learning_rate=3e-3, checkpoint_every=100, sampler="ddim", sample_steps=5,
+    max_steps=240, learning_rate=3e-3, checkpoint_every=100, start_time=1000, sample_steps=5,
 )  # fmt: skip
 
 

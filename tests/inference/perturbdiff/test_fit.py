@@ -75,11 +75,12 @@ def test_generated_cells_depend_on_seed_and_name_alone(screen, fitted):
     assert np.abs(other[0] - alone[0]).max() > 0.01
 
 
-@pytest.mark.parametrize("sampler", ["published", "ddim", "dpm"])
-def test_samplers(sampler, screen, fitted):
+@pytest.mark.parametrize(("sampler", "start_time"), [("ddim", 4), ("ddim", 1000), ("dpm", 100)])
+def test_samplers(sampler, start_time, screen, fitted):
     cells = fitted.generate(
-        screen, targets_of(screen, "B | A | Donor1"), [8], sampler=sampler, sample_steps=4, guidance=0.0
-    )
+        screen, targets_of(screen, "B | A | Donor1"), [8], sampler=sampler, start_time=start_time, sample_steps=4,
+        guidance=0.0,
+    )  # fmt: skip
     assert np.isfinite(cells[0]).all()
     assert (cells[0] >= 0).all()
 

@@ -123,7 +123,8 @@ def test_grids():
     np.testing.assert_array_equal(sampling.published_times(3), [2, 1, 0])
     np.testing.assert_array_equal(sampling.strided_times(1000), np.arange(1000)[::-1])
     np.testing.assert_array_equal(sampling.strided_times(4, 10), [9, 6, 3, 0])
-    with pytest.raises(ValueError, match="has 2 to T = 1000 steps"):
+    np.testing.assert_array_equal(sampling.strided_times(100, 100), sampling.published_times(100))
+    with pytest.raises(ValueError, match="has 2 to start_time = 1000 steps"):
         sampling.strided_times(1)
     with pytest.raises(ValueError, match="falls from at most T - 1 = 999 to 0"):
         sampling.ddim_steps(SCHEDULE, np.array([1000, 0]))
