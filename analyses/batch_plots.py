@@ -1,0 +1,107 @@
+"""Figures of what batches share and what they do not: one population put into every batch."""
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from hilbertcell.analyses.plots import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    ORANGE_TEXT,
+    TAILS,
+    batches_to_show,
+    short,
+    styled,
+    units,
+)
+
+_GENES = 4
+_LABELS = 6
+
+
+@styled
+def one_population_in_every_batch(draws: xr.DataTree, condition: str) -> Figure:
+    """One row per batch, one column per gene: the expected shift of the same condition under every batch's latents.
+
+    The first row, blue, is the part that all batches share. Crosses are measured shifts. `condition` is one of
+    `leading_condition`; raises KeyError if it is not.
+    """
+    posterior = draws["posterior"].dataset
+    own = posterior["batch_response"].sel(leading_condition=condition).isel(leading_gene=slice(_GENES)).load()
+    own = own.isel(batch=batches_to_show(own))
+    shared = (
+        posterior["fixed_response"].sel(leading_condition=condition).isel(leading_gene=slice(_GENES)).load()
+    )
+    measured = draws["constant_data"]["measured_response"].sel(leading_condition=condition)
+    names = [str(name) for name in own["batch"].values]
+    trained = own["in_training"].values
+    mean = own.mean(("chain", "draw")).transpose("leading_gene", "batch").values
+    low, high = own.quantile(TAILS, ("chain", "draw")).transpose("quantile", "leading_gene", "batch").values
+    figure = Figure(figsize=(10.2, 1.25 + 0.25 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(mean), sharey=True, squeeze=False)[0]
+    rows = np.arange(len(names))[::-1]
+    top = len(names) + 0.4
+    place = {name: row for name, row, known in zip(names, rows, trained, strict=True) if known}
+    kept = [name for name in measured["training_batch"].values.astype(str) if name in place]
+    for g, axes in enumerate(panels):
+        fixed = shared.isel(leading_gene=g)
+        ends = fixed.quantile(TAILS, ("chain", "draw")).values
+        axes.axvspan(*ends, color=BLUE, alpha=0.12, linewidth=0)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.hlines(top, *ends, color=BLUE, linewidth=2.4)
+        axes.plot(float(fixed.mean()), top, "s", color=BLUE, markersize=5.5)
+        for kind, marker, colour in ((trained, "o", GREY), (~trained, "D", ORANGE)):
+            axes.hlines(rows[kind], low[g, kind], high[g, kind], color=colour, linewidth=1.6)
+            axes.plot(mean[g, kind], rows[kind], marker, color=colour, markersize=4.5)
+        values = measured.sel(training_batch=kept).isel(leading_gene=g).values
+        axes.plot(values, [place[name] for name in kept], "x", color=INK, markersize=5, mew=1.2)
+        axes.set_title(short(fixed["gene_name"].item(), 18))
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks([*rows, top], [*(short(name) for name in names), "shared by all"])
+    panels[0].set_ylim(-0.7, top + 0.6)
+    for label, colour in zip(
+        panels[0].get_yticklabels(),
+        [*(INK if known else ORANGE_TEXT for known in trained), BLUE],
+        strict=True,
+    ):
+        label.set_color(colour)
+    figure.supxlabel(f"expected shift ({units(draws)})", fontsize=9)
+    return figure
+
+
+@styled
+def fixed_and_random(draws: xr.DataTree) -> Figure:
+    """One dot per gene of a leading condition: what batches share of its response, and how much they differ in it.
+
+    Vertical: standard deviation between training batches of the expected shift, posterior mean.
+    """
+    posterior = draws["posterior"].dataset
+    shared = abs(posterior["fixed_response"].mean(("chain", "draw"))).values
+    response = posterior["batch_response"].isel(batch=np.flatnonzero(posterior["in_training"].values))
+    differs = response.std("batch").mean(("chain", "draw"))
+    differs = differs.transpose("leading_condition", "leading_gene").values
+    genes = posterior["gene_name"].values.astype(str)
+    figure = Figure(figsize=(6.4, 3.5), layout="constrained")
+    axes = figure.subplots()
+    limit = 1.12 * float(max(shared.max(), 1e-6))
+    axes.plot([0, limit], [0, limit / 2], color=GREY, linewidth=1, linestyle="--")
+    axes.annotate(
+        "differences half as large as the response", (limit, limit / 2), (-4, -2), textcoords="offset points",
+        ha="right", va="top", color=GREY, fontsize=8,
+    )  # fmt: skip
+    axes.plot(shared.ravel(), differs.ravel(), "o", color=BLUE, alpha=0.6, mew=0, markersize=5)
+    labelled = set()
+    for i in np.argsort(-differs.ravel()):
+        name = genes.ravel()[i]
+        if name not in labelled and len(labelled) < _LABELS:
+            axes.annotate(
+                short(name, 14), (shared.ravel()[i], differs.ravel()[i]), (5, 0), textcoords="offset points",
+                va="center", fontsize=8,
+            )  # fmt: skip
+            labelled.add(name)
+    axes.set(xlim=(0, limit), ylim=(0, 1.15 * max(float(differs.max()), 0.55 * limit)))
+    axes.set_xlabel(f"size of the shared shift ({units(draws)})")
+    axes.set_ylabel("standard deviation between batches")
+    return figure
