@@ -82,11 +82,12 @@ def units(draws: xr.DataTree) -> str:
 
 
 def words(draws: xr.DataTree) -> dict[str, str]:
-    """What the user's own file calls a batch, a context and a perturbation, and its control label."""
+    """What the user's own file calls a batch (and several), a context and a perturbation, and its control label."""
     keys = json.loads(draws.attrs.get("keys", "{}"))
-    context = keys.get("context", "context")
+    context, batch = keys.get("context", "context"), str(keys.get("batch", "batch"))
     return {
-        "batch": str(keys.get("batch", "batch")),
+        "batch": batch,
+        "batches": f"{batch}es" if batch.endswith(("ch", "s", "sh", "x")) else f"{batch}s",
         "context": context if isinstance(context, str) else " | ".join(context),
         "perturbation": str(keys.get("perturbation", "perturbation")),
         "control": str(keys.get("control", "control")),

@@ -193,7 +193,7 @@ def gene_posteriors(draws: xr.DataTree, condition: Condition, summary: xr.Datase
     drawn = [gene_draws(draws, "shift", name)[:, places] for name in names]
     columns = 4
     num_rows = -(-len(genes) // columns)
-    figure = Figure(figsize=(10.2, 0.5 + 1.75 * num_rows), layout="constrained")
+    figure = Figure(figsize=(10.2, 0.8 + 1.75 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for g, axes in enumerate(panels[: len(genes)]):
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -219,6 +219,11 @@ def gene_posteriors(draws: xr.DataTree, condition: Condition, summary: xr.Datase
         axes.spines["left"].set_visible(False)
     for axes in panels[len(genes) :]:
         axes.set_axis_off()
+    handles = [
+        matplotlib.lines.Line2D([], [], color=colour, linewidth=2, label=short(name, 24))
+        for name, colour in zip(here["batch"].values, BATCH_COLOURS, strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8.5)
     figure.supxlabel(f"shift ({units(draws)})", fontsize=9)
     return figure
 
