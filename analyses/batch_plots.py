@@ -16,6 +16,7 @@ from hilbertcell.analyses.plots import (
     styled,
     units,
 )
+from hilbertcell.analyses.shift_summary import has
 
 _GENES = 4
 _LABELS = 6
@@ -25,7 +26,7 @@ _LABELS = 6
 def one_population_in_every_batch(draws: xr.DataTree, condition: str) -> Figure:
     """One row per batch, one column per gene: the expected shift of the same condition under every batch's latents.
 
-    The first row, blue, is the part that all batches share. Crosses are measured shifts. `condition` is one of
+    The first row, blue, is the part that all batches share. Crosses are measured shifts, where the draws hold them. `condition` is one of
     `leading_condition`; raises KeyError if it is not.
     """
     posterior = draws["posterior"].dataset
@@ -34,7 +35,9 @@ def one_population_in_every_batch(draws: xr.DataTree, condition: str) -> Figure:
     shared = (
         posterior["fixed_response"].sel(leading_condition=condition).isel(leading_gene=slice(_GENES)).load()
     )
-    measured = draws["constant_data"]["measured_response"].sel(leading_condition=condition)
+    measured = None
+    if has(draws, "constant_data", "measured_response"):
+        measured = draws["constant_data"]["measured_response"].sel(leading_condition=condition)
     names = [str(name) for name in own["batch"].values]
     trained = own["in_training"].values
     mean = own.mean(("chain", "draw")).transpose("leading_gene", "batch").values
@@ -44,7 +47,6 @@ def one_population_in_every_batch(draws: xr.DataTree, condition: str) -> Figure:
     rows = np.arange(len(names))[::-1]
     top = len(names) + 0.4
     place = {name: row for name, row, known in zip(names, rows, trained, strict=True) if known}
-    kept = [name for name in measured["training_batch"].values.astype(str) if name in place]
     for g, axes in enumerate(panels):
         fixed = shared.isel(leading_gene=g)
         ends = fixed.quantile(TAILS, ("chain", "draw")).values
@@ -55,8 +57,9 @@ def one_population_in_every_batch(draws: xr.DataTree, condition: str) -> Figure:
         for kind, marker, colour in ((trained, "o", GREY), (~trained, "D", ORANGE)):
             axes.hlines(rows[kind], low[g, kind], high[g, kind], color=colour, linewidth=1.6)
             axes.plot(mean[g, kind], rows[kind], marker, color=colour, markersize=4.5)
-        values = measured.sel(training_batch=kept).isel(leading_gene=g).values
-        axes.plot(values, [place[name] for name in kept], "x", color=INK, markersize=5, mew=1.2)
+        if measured is not None:
+            values = measured.sel(training_batch=list(place)).isel(leading_gene=g).values
+            axes.plot(values, list(place.values()), "x", color=INK, markersize=5, mew=1.2)
         axes.set_title(short(fixed["gene_name"].item(), 18))
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks([*rows, top], [*(short(name) for name in names), "shared by all"])

@@ -40,6 +40,7 @@ def report(draws: xr.DataTree, path: str | Path, scores: dict[str, Any] | Path |
     page = environment.get_template("report.html").render(
         words=words,
         units=plots.units(draws),
+        unit_in_words=first_screen.unit_in_words(draws),
         batches=first_screen.listing(summary["batch"].values),
         perturbations=first_screen.listing(summary["perturbation"].values),
         in_short=first_screen.in_short(draws, summary, words, held_out),

@@ -47,19 +47,19 @@ def in_short(
     if len(ranked) > 1:
         label, clear = ranked[-1].label, _clear_everywhere(summary, ranked[-1])
         sentences.append(
-            f"Least is expected of {label}: {clear} of {summary.sizes['gene']:,} genes change clearly."
+            f"The weakest is expected in {label}: {clear} of {summary.sizes['gene']:,} genes do."
         )
     if held_out is not None:
         share = held_out["mean"]["covered_90"]
         sentences.append(
             f"Put to the test in {words['batches']} hidden from training, {100 * share:.0f} % of what was measured lay "
-            f"inside the 90 % intervals: their width is {verdict(share)}."
+            f"inside the 90 % intervals: these are {verdict(share)}."
         )
     elif can_check(draws):
         share, _ = coverage(draws)
         sentences.append(
             f"These predictions have not been compared with measurements of the same {words['batches']}. In those of the "
-            f"training, {100 * share:.0f} % of what was measured lies inside the 90 % intervals: their width is "
+            f"training, {100 * share:.0f} % of what was measured lies inside the 90 % intervals: these are "
             f"{verdict(share)}."
         )
     return sentences
@@ -70,7 +70,7 @@ def _most(draws: xr.DataTree, summary: xr.Dataset, condition: Condition, words: 
     gene = here.isel(gene=int(top_genes(here, 1)[0]))
     shift, low, high = float(gene["shift"].mean()), float(gene["lower"].min()), float(gene["upper"].max())
     return (
-        f"Most is expected of {condition.label}: {_clear_everywhere(summary, condition)} of {summary.sizes['gene']:,} genes "
+        f"The strongest response is expected in {condition.label}: {_clear_everywhere(summary, condition)} of {summary.sizes['gene']:,} genes "
         f"change in a clear direction in every {words['batch']}. {gene['gene'].item()} stands out, {'up' if shift > 0 else 'down'} "
         f"by {abs(shift):.2f} {plots.units(draws)}; its 90 % intervals lie between {low:.2f} and {high:.2f}."
     )
@@ -104,7 +104,7 @@ def tiles(draws: xr.DataTree, summary: xr.Dataset, held_out: HeldOut | None) -> 
         {"value": f"{100 * clear:.0f} %", "label": "of the predicted gene responses have a clear direction"},
         {
             "value": f"± {half_width:.2f}",
-            "label": f"typical uncertainty of a response ({plots.units(draws)})",
+            "label": f"typical uncertainty of a response, 90 % interval ({plots.units(draws)})",
         },
     ]
     if held_out is not None:
@@ -177,5 +177,5 @@ def overview(draws: xr.DataTree, summary: xr.Dataset) -> PageFigure:
     caption = (
         "Each dot is the predicted change of a gene, averaged over the predicted batches: orange up, purple down. Large dots: "
         "the direction is clear in every batch. Small dots: no change is still possible. "
-    ) + unit_in_words(draws)
+    )
     return PageFigure.of("overview", shift_overview(draws, summary), alt, caption)
