@@ -1,5 +1,7 @@
 """Figures of what batches share and what they do not: one population put into every batch."""
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
@@ -20,6 +22,8 @@ from hilbertcell.analyses.shift_summary import has
 
 _GENES = 4
 _LABELS = 6
+_APART = np.array([0.13, 0.06])  # names nearer than this, in shares of the axes, would cover one another
+_RATIOS = (0.1, 0.5)
 
 
 @styled
@@ -78,7 +82,8 @@ def one_population_in_every_batch(draws: xr.DataTree, condition: str) -> Figure:
 def fixed_and_random(draws: xr.DataTree) -> Figure:
     """One dot per gene of a leading condition: what batches share of its response, and how much they differ in it.
 
-    Vertical: standard deviation between training batches of the expected shift, posterior mean.
+    Vertical: standard deviation between training batches of the expected shift, posterior mean. Dashed: such
+    differences that are a tenth, or half, of the shared response.
     """
     posterior = draws["posterior"].dataset
     shared = abs(posterior["fixed_response"].mean(("chain", "draw"))).values
@@ -89,22 +94,29 @@ def fixed_and_random(draws: xr.DataTree) -> Figure:
     figure = Figure(figsize=(6.4, 3.5), layout="constrained")
     axes = figure.subplots()
     limit = 1.12 * float(max(shared.max(), 1e-6))
-    axes.plot([0, limit], [0, limit / 2], color=GREY, linewidth=1, linestyle="--")
-    axes.annotate(
-        "differences half as large as the response", (limit, limit / 2), (-4, -2), textcoords="offset points",
-        ha="right", va="top", color=GREY, fontsize=8,
-    )  # fmt: skip
+    top = max(1.25 * float(differs.max()), 0.02 * limit)
+    for ratio in _RATIOS:
+        end = min(limit, top / ratio)
+        axes.plot([0, end], [0, ratio * end], color=GREY, linewidth=1, linestyle="--")
+        place: dict[str, Any] = (
+            {"ha": "left", "va": "center"} if end == limit else {"ha": "center", "va": "bottom"}
+        )
+        axes.annotate(
+            f"{100 * ratio:.0f} %", (end, ratio * end), (3, 0) if end == limit else (0, 2),
+            textcoords="offset points", color=GREY, fontsize=8, annotation_clip=False, **place,
+        )  # fmt: skip
     axes.plot(shared.ravel(), differs.ravel(), "o", color=BLUE, alpha=0.6, mew=0, markersize=5)
-    labelled = set()
+    labelled: dict[str, np.ndarray] = {}
     for i in np.argsort(-differs.ravel()):
-        name = genes.ravel()[i]
-        if name not in labelled and len(labelled) < _LABELS:
+        name, point = genes.ravel()[i], np.array([shared.ravel()[i] / limit, differs.ravel()[i] / top])
+        apart = all((abs(point - other) > _APART).any() for other in labelled.values())
+        if name not in labelled and apart and len(labelled) < _LABELS:
             axes.annotate(
                 short(name, 14), (shared.ravel()[i], differs.ravel()[i]), (5, 0), textcoords="offset points",
                 va="center", fontsize=8,
             )  # fmt: skip
-            labelled.add(name)
-    axes.set(xlim=(0, limit), ylim=(0, 1.15 * max(float(differs.max()), 0.55 * limit)))
+            labelled[name] = point
+    axes.set(xlim=(0, limit), ylim=(0, top))
     axes.set_xlabel(f"size of the shared shift ({units(draws)})")
     axes.set_ylabel("standard deviation between batches")
     return figure

@@ -315,7 +315,7 @@ def report(
     force: Force = False,
 ) -> None:
     """Turn draws into a page that shows how far to trust them."""
-    check_output(out, force, draws)
+    check_output(out, force, draws, *([] if scores is None else [existing(scores)]))
     from hilbertcell.analyses.report import report as write_report
     from hilbertcell.data.draws_io import read_draws
 

@@ -41,7 +41,7 @@ def report(draws: xr.DataTree, path: str | Path, scores: dict[str, Any] | Path |
         words=words,
         units=plots.units(draws),
         unit_in_words=first_screen.unit_in_words(draws),
-        batches=first_screen.listing(summary["batch"].values),
+        batches=first_screen.batch_names(summary, words),
         perturbations=first_screen.listing(summary["perturbation"].values),
         in_short=first_screen.in_short(draws, summary, words, held_out),
         tiles=first_screen.tiles(draws, summary, held_out),

@@ -24,6 +24,18 @@ def listing(names: np.ndarray, most: int = 6) -> str:
     return f"{', '.join(unique[:most])} and {len(unique) - most} more"
 
 
+def batch_names(summary: xr.Dataset, words: dict[str, str]) -> str:
+    """The predicted batches; with the word for them before names that do not hold it."""
+    names = summary["batch"].values.astype(str)
+    several = len(set(names)) > 1
+    word = (
+        ""
+        if all(words["batch"].lower() in name.lower() for name in names)
+        else words["batches" if several else "batch"]
+    )
+    return f"{word} {listing(names)}".strip()
+
+
 def can_check(draws: xr.DataTree) -> bool:
     """Whether the draws hold measured training means and what was predicted for them."""
     return has(draws, "posterior_predictive", "population_mean") and has(
@@ -147,17 +159,20 @@ def notices(draws: xr.DataTree, summary: xr.Dataset, words: dict[str, str]) -> l
         number = constant["control_n"].values
         if (number == 0).any():
             notices.append(
-                f"{(number == 0).sum()} predicted populations have no {words['control']} cells of their own"
+                f"{(number == 0).sum()} predicted populations have no {words['control']} cells of their own: "
+                "they are drawn from what batches have in common; measure some"
             )
         few = (number > 0) & (number < FEW_CONTROLS)
         if few.any():
             notices.append(
-                f"{few.sum()} predicted populations have fewer than {FEW_CONTROLS} {words['control']} cells"
+                f"{few.sum()} predicted populations have fewer than {FEW_CONTROLS} {words['control']} cells: "
+                "more would narrow their intervals"
             )
         unseen = constant["training_num_batches"].values == 0
         if unseen.any():
             notices.append(
-                f"{unseen.sum()} predicted populations are of a condition that training never saw: extrapolated"
+                f"{unseen.sum()} predicted populations are of a condition that training never saw: extrapolated, "
+                "and only as good as the likeness of conditions"
             )
         seen = constant["target_observed"].values.astype(bool)
         if seen.any():

@@ -88,7 +88,7 @@ def batches(draws: xr.DataTree, words: dict[str, str]) -> Section:
             f"Differences between batches against the size of the shared response, {shared.size} gene responses; the median "
             f"difference is {100 * ratio:.0f} % of the shared response.",
             f"Every dot is a gene of one of the {shared.sizes['leading_condition']} strongest responses: right, it responds "
-            f"strongly everywhere; high, {many} differ in it.",
+            f"strongly everywhere; high, {many} differ in it. Dashed: differences of 10 % and of 50 % of the shared response.",
         )
     )
     return section
@@ -151,7 +151,8 @@ def widths(draws: xr.DataTree, summary: xr.Dataset, words: dict[str, str]) -> Se
     alt = "Width of the 90 % interval of each predicted mean against its number of control cells."
     caption = (
         "Each dot is a predicted population (median over genes). The grey line is what the sampling noise of its controls "
-        "alone would give: dots far above it are uncertain because batches differ, and more cells would help little."
+        "alone would give: dots far above it are uncertain because batches differ, and more cells would help little; "
+        "dots below it borrow from other batches."
     )
     section.figures.append(PageFigure.of("width", width_by_controls(draws, summary), alt, caption))
     return section

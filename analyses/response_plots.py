@@ -177,7 +177,7 @@ def width_by_controls(draws: xr.DataTree, summary: xr.Dataset | None = None) -> 
     axes.set_ylim(0, 1.1 * np.nanmax(width, initial=1e-6))
     axes.set_xlabel("control cells of the population's batch and context")
     axes.set_ylabel(f"interval width ({units(draws)})")
-    axes.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderpad=0)
+    axes.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderpad=0)
     return figure
 
 

@@ -62,7 +62,7 @@ def measured_responses(fit: "Fit", leading: LeadingResponses) -> np.ndarray:
     out = np.full((len(fit.table.batches), *leading.gene.shape), np.nan)
     for b, batch in enumerate(fit.table.batches):
         for m, condition in enumerate(fit.names.conditions[e] for e in leading.condition):
-            row, own = perturbed.get((condition, batch)), control.get((condition[0], batch))
-            if row is not None and own is not None:
-                out[b, m] = (mean[row] - mean[own])[leading.gene[m]]
+            pair = perturbed.get((condition, batch)), control.get((condition[0], batch))
+            if pair[0] is not None and pair[1] is not None:
+                out[b, m] = (mean[pair[0]] - mean[pair[1]])[leading.gene[m]]
     return out

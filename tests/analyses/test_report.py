@@ -131,7 +131,7 @@ def test_the_same_draws_give_the_same_page(whole, tmp_path):
 def test_the_first_screen_says_what_was_predicted_and_warns(whole):
     _, page = whole
     text = " ".join(" ".join(page.text).split())
-    assert "Predicted responses of d4 and d5" in text
+    assert "Predicted responses of donors d4 and d5" in text
     assert "three genes were renamed" in text
     assert "8 populations predicted, 10 genes each" in text
     assert "DMSO" in text
