@@ -58,9 +58,7 @@ def in_short(
     sentences = [_most(draws, summary, ranked[0], words)]
     if len(ranked) > 1:
         label, clear = ranked[-1].label, _clear_everywhere(summary, ranked[-1])
-        sentences.append(
-            f"The weakest is expected in {label}: {clear} of {summary.sizes['gene']:,} genes do."
-        )
+        sentences.append(f"Weakest response: {label}. Clear are {clear} of {summary.sizes['gene']:,} genes.")
     if held_out is not None:
         share = held_out["mean"]["covered_90"]
         sentences.append(
@@ -82,9 +80,9 @@ def _most(draws: xr.DataTree, summary: xr.Dataset, condition: Condition, words: 
     gene = here.isel(gene=int(top_genes(here, 1)[0]))
     shift, low, high = float(gene["shift"].mean()), float(gene["lower"].min()), float(gene["upper"].max())
     return (
-        f"The strongest response is expected in {condition.label}: {_clear_everywhere(summary, condition)} of {summary.sizes['gene']:,} genes "
-        f"change in a clear direction in every {words['batch']}. {gene['gene'].item()} stands out, {'up' if shift > 0 else 'down'} "
-        f"by {abs(shift):.2f} {plots.units(draws)}; its 90 % intervals lie between {low:.2f} and {high:.2f}."
+        f"Strongest response: {condition.label}. {_clear_everywhere(summary, condition)} of {summary.sizes['gene']:,} genes "
+        f"change in a clear direction in every {words['batch']}; {gene['gene'].item()} most of all, {'up' if shift > 0 else 'down'} "
+        f"by {abs(shift):.2f} {plots.units(draws)} (its 90 % intervals lie between {low:.2f} and {high:.2f})."
     )
 
 
