@@ -185,6 +185,14 @@ def test_a_section_whose_group_is_absent_says_so(groups, sections, page):
     assert [name for name in SECTIONS if name not in shown.ids] == []
 
 
+def test_draws_of_before_batches_were_named_lack_one_figure(page):
+    draws = fake_draws()
+    draws["posterior_predictive"] = xr.DataTree(draws["posterior_predictive"].dataset.drop_vars("batch_name"))
+    shown = page(draws)
+    assert len(shown.figures) == 14
+    assert not any("training batches, lowest in" in figure["aria-label"] for figure in shown.figures)
+
+
 def test_only_predictions_are_needed_and_they_are(page, tmp_path):
     rest = (
         "posterior",
