@@ -8,8 +8,9 @@ bin := .venv/bin
 core := .venv/.hilbertcell-dev
 with_docs := .venv/.hilbertcell-docs
 with_torch := .venv/.hilbertcell-torch
+with_browser := .venv/.hilbertcell-browser
 
-.PHONY: help venv torch demo test test-slow lint types docs bench bench-quick bench-neural bench-streaming constraints
+.PHONY: help venv torch browser demo test test-slow lint types docs bench bench-quick bench-neural bench-streaming constraints
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -26,9 +27,16 @@ $(with_torch): $(core)
 	scripts/make_venv.sh .venv dev,torch,torch-dev
 	@touch $@
 
+$(with_browser): $(core)
+	scripts/make_venv.sh .venv dev,browser
+	@touch $@
+
 venv: $(core) ## make .venv with hilbertcell and the developer's tools in it
 
 torch: $(with_torch) ## PyTorch in .venv as well (3 GB), for checkpoints made with it
+
+browser: $(with_browser) ## Playwright in .venv and a Chromium, for the tests of pages in a browser
+	scripts/find_chromium.sh
 
 demo: $(core) ## from simulated donors to a report in demo/
 	$(bin)/hilbertcell demo --out demo --force
@@ -65,5 +73,5 @@ bench-streaming: $(core) ## streaming a million simulated cells against merely r
 	$(bin)/python -m hilbertcell.analyses.benchmark_page
 
 constraints: ## resolve constraints.txt afresh (needs uv)
-	uv pip compile pyproject.toml --extra dev --extra docs --extra torch --extra torch-dev --upgrade --quiet --no-header --no-annotate \
+	uv pip compile pyproject.toml --extra dev --extra docs --extra torch --extra torch-dev --extra browser --upgrade --quiet --no-header --no-annotate \
 	  --python-version 3.12 --python-platform x86_64-unknown-linux-gnu --output-file constraints.txt

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hilbertcell.analyses import cli_perturbdiff
-from hilbertcell.analyses.cli_options import Cells, Draws, Force, ModelName, PresetName, Seed
+from hilbertcell.analyses.cli_options import Cells, Draws, Force, Holdout, ModelName, PresetName, Seed
 from hilbertcell.analyses.cli_options import file as _file
 from hilbertcell.analyses.cli_options import flag as _flag
 from hilbertcell.analyses.cli_options import given as _given
@@ -106,9 +106,7 @@ def fit(
     file: Cells,
     out: Annotated[Path, _out("FITDIR", "Folder the fit is written to.")],
     keys: KeyOptions | None = None,
-    holdout: Annotated[
-        Path | None, _given("SPLIT.json", "Populations to leave out, as `split` wrote them.")
-    ] = None,
+    holdout: Holdout = None,
     seed: Seed = 0,
     settings: Annotated[Path | None, _given("FILE.toml", "Settings other than the default ones.")] = None,
     inference: InferenceOption = None,
@@ -313,15 +311,16 @@ def _benchmark_grid(config: Path, out: Path) -> None:
 def report(
     draws: Draws,
     out: Annotated[Path, _out("REPORT.html", "Where the page is written.")],
+    scores: Annotated[Path | None, _given("SCORES.json", "How they did, as `evaluate` wrote it.")] = None,
     force: Force = False,
 ) -> None:
     """Turn draws into a page that shows how far to trust them."""
-    check_output(out, force, draws)
+    check_output(out, force, draws, *([] if scores is None else [existing(scores)]))
     from hilbertcell.analyses.report import report as write_report
     from hilbertcell.data.draws_io import read_draws
 
     with whole_output(out) as path:
-        write_report(read_draws(draws), path)
+        write_report(read_draws(draws), path, scores)
     notices.print(f"report written to {out}", highlight=False, markup=False)
 
 

@@ -29,6 +29,7 @@ def given(metavar: str, text: str, least: int | None = None) -> object:
 
 Cells = Annotated[Path, file("FILE", "Cells, as h5ad or zarr.")]
 Draws = Annotated[Path, file("DRAWS.nc", "Draws that `predict` wrote.")]
+Holdout = Annotated[Path | None, given("SPLIT.json", "Populations to leave out, as `split` wrote them.")]
 Force = Annotated[bool, flag("--force", "Replace an output that exists.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.", min=0, metavar="N")]
 

@@ -8,6 +8,7 @@ import typer
 from hilbertcell.analyses.cli_options import (
     Cells,
     Force,
+    Holdout,
     PresetName,
     SamplerName,
     Seed,
@@ -137,9 +138,7 @@ def finetune(
     file: Cells,
     keys: KeyOptions,
     out: Annotated[Path, out("FITDIR", "Folder the fit is written to.")],
-    holdout: Annotated[
-        Path | None, given("SPLIT.json", "Populations to leave out, as `split` wrote them.")
-    ] = None,
+    holdout: Holdout = None,
     settings: SettingsFile = None,
     reset_modulation: Annotated[
         bool, flag("--reset-modulation", "Begin with blocks that do nothing.")

@@ -76,8 +76,11 @@ def run_demo(file: Path | None, keys: KeyOptions | None, out: Path) -> None:
         (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         print_scores(scores, results)
 
-        _say("write the report", f"report {out}/draws.nc --out {out}/report.html")
-        report(draws, folder / "report.html")
+        _say(
+            "write the report",
+            f"report {out}/draws.nc --scores {out}/scores.json --out {out}/report.html",
+        )
+        report(draws, folder / "report.html", folder / "scores.json")
     notices.print(
         f"\n[bold green]Done.[/] Open [bold]{out / 'report.html'}[/] in a browser.", highlight=False
     )

@@ -86,7 +86,7 @@ def predict(
         raise DataError(f"out = {str(out)!r}: exists; remove it or name another file")
     step = len(wanted) if size <= MAX_BYTES else max(1, len(wanted) * MAX_BYTES // (_PIECES * size))
     pieces = [slice(i, min(i + step, len(wanted))) for i in range(0, len(wanted), step)]
-    training = TrainingDraws(fit, seed)
+    training = TrainingDraws(fit, given, seed)
     with jax.enable_x64(True), Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("drawing", total=num_samples * len(pieces))
         advance: Callable[[int], None] = lambda draws: bar.advance(task, draws)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from hilbertcell.inference.batch_responses import measured_responses
 from hilbertcell.inference.predictive import align
 from hilbertcell.inference.requests import Given
 from hilbertcell.inference.training_draws import TrainingDraws
@@ -76,10 +77,12 @@ def training_groups(
     fit: "Fit", given: Given, training: TrainingDraws, new: dict[str, np.ndarray]
 ) -> dict[str, xr.Dataset]:
     """All that does not depend on the targets; `new` holds draws (S, K) of the microenvironments of new batches."""
-    known = fit.table.batches
+    known, leading = fit.table.batches, training.leading
+    of_batch = [*range(len(known)), *(len(known) + training.new.index(batch) for batch in new)]
     batches = [*known, *(f"{batch} (new)" if batch in known else batch for batch in new)]
     factors = np.concatenate([training["microenvironment"], *(u[:, None] for u in new.values())], axis=1)
     levels = [f"{p}" if d < 0 else f"{p} @ {d:g}" for _, p, d in fit.names.conditions]
+    conditions = [f"{c} | {level}" for (c, _, _), level in zip(fit.names.conditions, levels, strict=True)]
     genes = {"gene": fit.genes.astype(str)}
     posterior = xr.Dataset(
         {
@@ -90,15 +93,19 @@ def training_groups(
             },
             "factor_scale": per_draw(training["factor_scale"], "factor"),
             "strength": per_draw(training["strength"], "condition"),
+            "fixed_response": per_draw(training["fixed_response"], "leading_condition", "leading_gene"),
+            "batch_response": per_draw(
+                training["batch_response"][:, of_batch], "batch", "leading_condition", "leading_gene"
+            ),
         },
         coords={
             **genes,
             "batch": np.array(batches, dtype=str),
             "in_training": ("batch", np.arange(len(batches)) < len(known)),
             "factor": np.arange(factors.shape[-1]),
-            "condition": [
-                f"{c} | {level}" for (c, _, _), level in zip(fit.names.conditions, levels, strict=True)
-            ],
+            "condition": conditions,
+            "leading_condition": [conditions[e] for e in leading.condition],
+            "gene_name": (("leading_condition", "leading_gene"), fit.genes.astype(str)[leading.gene]),
         },
     )
     labels, checks = fit.moments.labels, training.checks
@@ -110,8 +117,17 @@ def training_groups(
         "perturbations": list(dict.fromkeys(level[0] for level in fit.names.levels)),
         "held_out": list(fit.held_out),
     }
+    measured = measured_responses(fit, leading)
     constants = xr.Dataset(
-        {"variance_decomposition": ("component", training.shares)}, {"component": list(COMPONENTS)}
+        {
+            "variance_decomposition": ("component", training.shares),
+            "measured_response": (("training_batch", "leading_condition", "leading_gene"), measured),
+        },
+        {
+            "component": list(COMPONENTS),
+            "training_batch": np.array(known, dtype=str),
+            "leading_condition": posterior["leading_condition"].values,
+        },
     )
     constants.attrs = {
         "warnings": json.dumps([*fit.inference_notices, *given.notices]),
@@ -130,6 +146,7 @@ def training_groups(
                 "observation": np.arange(len(checks.gene)),
                 "population_name": ("observation", labels.index.to_numpy(dtype=str)[checks.row]),
                 "gene_name": ("observation", fit.genes.astype(str)[checks.gene]),
+                "batch_name": ("observation", np.array(known, dtype=str)[checks.batch]),
             },
         ),
         "observed_data": xr.Dataset({"population_mean": ("observation", checks.observed)}),

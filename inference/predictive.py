@@ -20,6 +20,7 @@ from hilbertcell.models.microenvironment import (
     draw_latents,
     draw_response,
     extend_modulation,
+    response_mean,
 )
 
 if TYPE_CHECKING:
@@ -190,14 +191,23 @@ def batch_log_density(globals_: Globals, observations: Observations) -> Array:
 
 
 @compiled
-def draw_microenvironments(keys: Array, globals_: Globals, observations: Observations) -> Array:
-    """Draws (S, B, K) of `u` of batches given their observed populations."""
+def draw_batches(
+    keys: Array, globals_: Globals, observations: Observations, condition: Array, context: Array, gene: Array
+) -> tuple[Array, Array]:
+    """Draws of `u` (S, B, K) of batches given their observed populations, and of responses under it.
 
-    def one(key: Array, globals_: Globals) -> Array:
-        batch_keys = jax.random.split(key, observations.mean.shape[0])
-        return jax.lax.map(
-            lambda own: draw_latents(own[0], globals_, own[1]).microenvironment, (batch_keys, observations)
-        )
+    The responses (S, B, M, L), standardised, are the expected shifts of the given (condition, context), each (M,), in
+    its features `gene` (M, L): without what is particular to one population.
+    """
+
+    def one(key: Array, globals_: Globals) -> tuple[Array, Array]:
+        def batch(own: tuple[Array, Observations]) -> tuple[Array, Array]:
+            latents = draw_latents(own[0], globals_, own[1])
+            mean = response_mean(globals_, latents, condition, context)
+            response = jnp.take_along_axis(mean - latents.control_mean[context], gene, axis=1)
+            return latents.microenvironment, response
+
+        return jax.lax.map(batch, (jax.random.split(key, observations.mean.shape[0]), observations))
 
     return jax.lax.map(lambda draw: one(*draw), (keys, globals_))
 

@@ -2,7 +2,7 @@
 
 HILBERTCELL_DATA     the folder of real data sets, `../shared/data` beside the repository by default
 HILBERTCELL_REQUIRE  things (commas or spaces between them) whose absence is a failure and not a skip: `data`,
-                     `torch` (the extras `torch` and `torch-dev`)
+                     `torch` (the extras `torch` and `torch-dev`), `browser` (the extra `browser` and a Chromium)
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ os.environ["MPLBACKEND"] = "Agg"  # before anything imports pyplot: no test may 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL_THINGS = {"data", "torch"}
+OPTIONAL_THINGS = {"browser", "data", "torch"}
 REQUIRED = set(re.split(r"[,\s]+", os.environ.get("HILBERTCELL_REQUIRE", ""))) - {""}
 
 

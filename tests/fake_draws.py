@@ -58,17 +58,26 @@ def fake_draws(
     )
     batches = np.array([*training, *predicted], dtype=str)
     centre = np.linspace(-1, 1, len(batches))[:, None] * np.array([1.0, 0.0])
+    leading, L = ("leading_condition", "leading_gene"), min(6, G)
+    leading_condition = [f"{contexts[0]} | {perturbations[0]}", f"{contexts[-1]} | {perturbations[0]}"]
     posterior = xr.Dataset(
         {
             "microenvironment": (
                 ("chain", "draw", "batch", "factor"),
                 centre + 0.2 * rng.standard_normal((1, S, len(batches), 2)),
-            )
+            ),
+            "fixed_response": (("chain", "draw", *leading), 1.0 + 0.1 * rng.standard_normal((1, S, 2, L))),
+            "batch_response": (
+                ("chain", "draw", "batch", *leading),
+                (1.0 + 0.3 * centre[:, :1, None]) + 0.1 * rng.standard_normal((1, S, len(batches), 2, L)),
+            ),
         },
         coords={
             "batch": batches,
             "in_training": ("batch", np.arange(len(batches)) < len(training)),
             "factor": np.arange(2),
+            "leading_condition": leading_condition,
+            "gene_name": (leading, np.tile(genes[:L], (2, 1))),
         },
     )
     by_gene = ("population", "gene")
@@ -84,8 +93,18 @@ def fake_draws(
             "library_log_ratio": ("population", np.zeros(P)),
             "sd_log_ratio": (by_gene, np.zeros((P, G))),
             "variance_decomposition": ("component", np.array([0.4, 0.1, 0.05, 0.1, 0.2, 0.05, 0.1])),
+            "measured_response": (
+                ("training_batch", *leading),
+                np.broadcast_to(1.0 + 0.3 * centre[: len(training), :1, None], (len(training), 2, L)),
+            ),
         },
-        coords={**population, "gene": genes, "component": list(COMPONENTS)},
+        coords={
+            **population,
+            "gene": genes,
+            "component": list(COMPONENTS),
+            "training_batch": np.array(training, dtype=str),
+            "leading_condition": leading_condition,
+        },
     )
     trained = [f"{c} | {p} | {b}" for c, b, p in product(contexts, training, ("DMSO", *perturbations))]
     constant.attrs = {
@@ -108,6 +127,10 @@ def fake_draws(
     check = {
         "population_name": ("observation", np.resize(np.array(trained, dtype=str), observations)),
         "gene_name": ("observation", np.resize(genes, observations)),
+        "batch_name": (
+            "observation",
+            np.resize(np.array([name.split(" | ")[-1] for name in trained]), observations),
+        ),
     }
     groups = {
         "predictions": predictions,
@@ -143,3 +166,18 @@ def fake_draws(
     }
     tree.attrs = {"hilbertcell_version": "0.1.0", "keys": json.dumps(keys), "seed": seed, "observe": 0}
     return tree
+
+
+def fake_scores(draws: xr.DataTree, covered_90: float = 0.88) -> dict:
+    """What `evaluate` writes of draws, as far as the report reads it."""
+    levels = {"covered_50": 0.48, "covered_80": 0.78, "covered_90": covered_90, "covered_95": 0.94}
+    batches = dict.fromkeys(draws["predictions"]["batch"].values.astype(str))
+    per_batch = {
+        name: [value + 0.02 * (-1) ** b for b in range(len(batches))] for name, value in levels.items()
+    }
+    prediction = {"mean": levels, "per_batch": per_batch, "pit_counts": [10] * 10}
+    return {
+        "num_draws": int(draws["predictions"].sizes["draw"]),
+        "law": {"models": {"prediction": prediction}},
+        "targets": {name: {} for name in draws["predictions"]["population"].values.astype(str)},
+    }

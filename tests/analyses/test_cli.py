@@ -52,7 +52,7 @@ OPTIONS = {
     | {"--cells-per-population", "--draw-index", "--draws", "--force"},
     "evaluate": {"--cells", "--out", "--force"},
     "benchmark": KEY_OPTIONS | {"--split", "--config", "--out", "--seed", "--force"},
-    "report": {"--out", "--force"},
+    "report": {"--scores", "--out", "--force"},
     "simulate": {"--out", "--seed", "--force"},
     "demo": KEY_OPTIONS | {"--out", "--force"},
 }
@@ -132,9 +132,13 @@ def test_one_run_through_all_commands(fitted, call):
     assert code == 0, text
     assert set(json.loads(Path("scores.json").read_text())["targets"]) == set(held_out)
 
-    code, text = call("report", "draws.nc", "--out", "report.html")
+    code, text = call("report", "draws.nc", "--scores", "scores.json", "--out", "report.html")
     assert code == 0, text
-    assert "</html>" in Path("report.html").read_text()
+    assert "Put to the test in donors hidden from training" in Path("report.html").read_text()
+    code, text = call("report", "draws.nc", "--scores", "no.json", "--out", "other.html")
+    assert code == 2
+    assert "no.json" in text
+    assert not Path("other.html").exists()
     assert not list(Path().glob(".*")), "temporary files are left"
 
 

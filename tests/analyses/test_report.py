@@ -8,24 +8,20 @@ import pytest
 import xarray as xr
 
 from hilbertcell.analyses import plots
-from hilbertcell.analyses.report import MAX_PANELS, MAX_TABLE_ROWS, report
-from hilbertcell.analyses.shift_summary import (
-    certain_shift,
-    conditions,
-    populations_of,
-    shift_table,
-    summarise_shifts,
-    top_genes,
-)
-from tests.fake_draws import fake_draws
+from hilbertcell.analyses.report import MAX_TABLE_ROWS, report
+from hilbertcell.analyses.report_sections import MAX_PANELS
+from hilbertcell.data.validation import DataError
+from tests.fake_draws import fake_draws, fake_scores
 
 SECTIONS = (
     "warnings",
     "overview",
     "variance",
     "microenvironment",
-    "shifts",
     "trust",
+    "shifts",
+    "genes",
+    "batches",
     "width",
     "table",
     "data",
@@ -87,8 +83,8 @@ def without(draws: xr.DataTree, *groups: str) -> xr.DataTree:
 def test_all_sections_and_their_figures_are_there(whole):
     _, page = whole
     assert [name for name in SECTIONS if name not in page.ids] == []
-    # overview, variance, microenvironment, four conditions, PIT, predictive distribution, width
-    assert len(page.figures) == 10
+    # overview, four of calibration, four conditions, densities, variance, two of batches, microenvironment, width
+    assert len(page.figures) == 15
     assert "Not shown" not in page.html
     assert len(set(page.ids)) == len(page.ids)
 
@@ -124,7 +120,7 @@ def test_the_same_draws_give_the_same_page(whole, tmp_path):
 def test_the_first_screen_says_what_was_predicted_and_warns(whole):
     _, page = whole
     text = " ".join(" ".join(page.text).split())
-    assert "Predicted responses of d4 and d5" in text
+    assert "Predicted responses of donors d4 and d5" in text
     assert "three genes were renamed" in text
     assert "8 populations predicted, 10 genes each" in text
     assert "DMSO" in text
@@ -173,7 +169,7 @@ def test_the_table_starts_with_the_largest_certain_shifts(whole):
 @pytest.mark.parametrize(
     ("groups", "sections"),
     [
-        (("posterior",), ("posterior: microenvironment",)),
+        (("posterior",), ("posterior: microenvironment", "posterior: batch_response")),
         (("posterior_predictive",), ("posterior_predictive and observed_data: population_mean",)),
         (("observed_data",), ("posterior_predictive and observed_data: population_mean",)),
         (
@@ -189,6 +185,14 @@ def test_a_section_whose_group_is_absent_says_so(groups, sections, page):
     assert [name for name in SECTIONS if name not in shown.ids] == []
 
 
+def test_draws_of_before_batches_were_named_lack_one_figure(page):
+    draws = fake_draws()
+    draws["posterior_predictive"] = xr.DataTree(draws["posterior_predictive"].dataset.drop_vars("batch_name"))
+    shown = page(draws)
+    assert len(shown.figures) == 14
+    assert not any("training batches, lowest in" in figure["aria-label"] for figure in shown.figures)
+
+
 def test_only_predictions_are_needed_and_they_are(page, tmp_path):
     rest = (
         "posterior",
@@ -199,7 +203,7 @@ def test_only_predictions_are_needed_and_they_are(page, tmp_path):
         "sample_stats",
     )
     shown = page(without(fake_draws(), *rest))
-    assert len(shown.figures) == 1 + 4
+    assert len(shown.figures) == 1 + 4 + 1
     with pytest.raises(KeyError, match="predictions"):
         report(without(fake_draws(), "predictions"), tmp_path / "none.html")
     assert not (tmp_path / "none.html").exists()
@@ -273,61 +277,31 @@ def test_no_factor_is_said_and_not_drawn(page):
     assert "Not shown: these draws hold no posterior: microenvironment" in page(draws).html
 
 
-def test_summaries_rank_by_certainty_and_size():
-    draws = fake_draws(num_genes=9)
-    summary = summarise_shifts(draws)
-    assert [c.perturbation for c in conditions(summary)] == ["A", "A", "inert", "inert"]
-    first = summary.isel(population=populations_of(summary, conditions(summary)[0]))
-    assert set(top_genes(first, 3)) == {0, 1, 2}
-    certain = certain_shift(summary)
-    expected = np.where(
-        summary["lower"] > 0, summary["lower"], np.where(summary["upper"] < 0, -summary["upper"], 0)
-    )
-    np.testing.assert_array_equal(certain, expected)
-    assert (certain.values[:, :3] > 0.5)[summary["perturbation"] == "A"].all()
-    table = shift_table(draws, summary, 5)
-    assert len(table) == 5
-    assert table["clear"].all()
-    low = np.where(table["lower"] > 0, table["lower"], -table["upper"])
-    assert (np.diff(low) <= 0).all()
-
-
-def test_coverage_counts_the_means_inside_their_interval():
-    draws = fake_draws(num_draws=400)
-    share, number = plots.coverage(draws)
-    assert number == 200
-    predicted = draws["posterior_predictive"]["population_mean"].values[0]
-    low, high = np.quantile(predicted, (0.05, 0.95), axis=0)
-    observed = draws["observed_data"]["population_mean"].values
-    assert share == ((observed >= low) & (observed <= high)).mean()
-    assert plots.coverage(fake_draws(observed_shift=6.0))[0] < 0.01
-
-
-def test_figures_show_what_they_say():
+def test_the_page_says_what_is_measured_against_what(page, tmp_path):
     draws = fake_draws(predicted=("d4", "d5"))
-    bars = plots.variance_decomposition(draws).axes[0].patches
-    np.testing.assert_allclose([bar.get_width() for bar in bars], [40, 10, 5, 10, 20, 5, 10])
-    summary = summarise_shifts(draws)
-    condition = conditions(summary)[0]
-    forest = plots.shift_forest(draws, condition, summary).axes[0]
-    names = [label.get_text() for label in forest.get_yticklabels()]
-    part = summary.isel(population=populations_of(summary, condition)).sel(gene=names)
-    dots = [line for line in forest.get_lines() if line.get_marker() == "o"]
-    np.testing.assert_allclose(np.stack([dot.get_xdata() for dot in dots]), part["shift"].values)
-    u = draws["posterior"]["microenvironment"]
-    panels = plots.microenvironments(draws).axes
-    assert len(panels) == 2
-    drawn = np.concatenate([line.get_xdata() for line in panels[0].get_lines() if line.get_marker() in "oD"])
-    np.testing.assert_allclose(drawn, u.isel(factor=0).mean(("chain", "draw")), atol=1e-12)
+    text = " ".join(" ".join(page(draws).text).split())
+    assert "have not been compared with measurements of the same donors" in text
+    assert "hide some and score them" in text
+    report(draws, tmp_path / "scored.html", fake_scores(draws, covered_90=0.7))
+    scored = Page((tmp_path / "scored.html").read_text(encoding="utf-8"))
+    text = " ".join(" ".join(scored.text).split())
+    assert "in donors hidden from training, 70 % of what was measured lay inside" in text
+    assert "too narrow" in text
+    assert "have not been compared" not in text
+    assert any("In hidden populations, 70 %" in figure["aria-label"] for figure in scored.figures)
 
 
-def test_figures_leave_no_trace_in_pyplot():
-    from matplotlib import pyplot, rcParams
-
-    before = dict(rcParams)
+def test_scores_of_other_draws_are_refused(tmp_path):
     draws = fake_draws()
-    plots.predictive_pit(draws)
-    plots.predictive_distribution(draws)
-    plots.shift_overview(draws)
-    assert pyplot.get_fignums() == []
-    assert dict(rcParams) == before
+    other = tmp_path / "scores.json"
+    for scores, culprit in (
+        (fake_scores(fake_draws(predicted=("d9",))), "d9"),
+        (fake_scores(fake_draws(num_draws=7)), "7 draws, not 100"),
+        ({"targets": {}}, "not what hilbertcell evaluate writes"),
+    ):
+        with pytest.raises(DataError, match=culprit):
+            report(draws, tmp_path / "report.html", scores)
+    other.write_text("no JSON")
+    with pytest.raises(DataError, match="not what hilbertcell evaluate writes"):
+        report(draws, tmp_path / "report.html", other)
+    assert not (tmp_path / "report.html").exists()

@@ -48,6 +48,36 @@ def test_mean_is_drawn_control_mean_plus_shift(draws, d5, without_d5):
     assert set(draws["constant_data"]["control_n"].values) == set(d5.labels.loc[labels, "num_cells"])
 
 
+def test_the_strongest_responses_are_drawn_in_every_batch(draws):
+    posterior, measured = draws["posterior"].dataset, draws["constant_data"]["measured_response"]
+    assert posterior["batch_response"].dims == ("chain", "draw", "batch", "leading_condition", "leading_gene")
+    assert set(posterior["leading_condition"].values) == set(posterior["condition"].values)
+    assert list(measured["training_batch"].values) == ["d0", "d1", "d2", "d3", "d4"]
+    cells = make_screen()
+    means = cells.to_df().groupby([cells.obs[name] for name in ("tissue", "drug", "donor")]).mean()
+    for condition in posterior["leading_condition"].values:
+        tissue, drug = condition.split(" | ")
+        names = posterior["gene_name"].sel(leading_condition=condition).values
+        assert names[0] == {"A": "gene0", "B": "gene1"}[drug]  # the largest planted effect
+        for donor in measured["training_batch"].values:
+            shift = means.loc[tissue, drug, donor] - means.loc[tissue, "DMSO", donor]
+            one = measured.sel(training_batch=donor, leading_condition=condition)
+            np.testing.assert_allclose(one, shift[names].to_numpy(), atol=1e-6)
+        # The new batch: predictions add what is particular to one population, whose mean is zero.
+        shift = (
+            draws["predictions"]["shift"].sel(population=f"{tissue} | {drug} | d5", gene=names).isel(chain=0)
+        )
+        expected = posterior["batch_response"].sel(batch="d5", leading_condition=condition).isel(chain=0)
+        error = shift.std("draw").values * np.sqrt(2 / shift.sizes["draw"])
+        assert (abs(shift.mean("draw").values - expected.mean("draw").values) < 5 * error).all()
+    # What batches share is what they average to, and they do differ.
+    response, fixed = posterior["batch_response"].mean(("chain", "draw")), posterior["fixed_response"]
+    spread = response.std("batch")
+    gap = abs(response.mean("batch") - fixed.mean(("chain", "draw")))
+    assert (gap < 3 * fixed.std(("chain", "draw")) + 3 * spread / np.sqrt(6)).all()
+    assert float(spread.max()) > 0.05
+
+
 def test_arviz_reads_the_tree_and_it_survives_netcdf(draws, tmp_path):
     draws.to_netcdf(tmp_path / "draws.nc")
     again = az.from_netcdf(tmp_path / "draws.nc")
