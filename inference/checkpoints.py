@@ -26,7 +26,7 @@ from hilbertcell.models.embedding import Coordinates
 from hilbertcell.models.feature_maps import FeatureMap
 from hilbertcell.models.within_covariance import WithinPrior
 
-FORMAT = 2
+FORMAT = 3
 _PARTS: dict[str, Any] = {
     "feature_map": FeatureMap,
     "prior": WithinPrior,
@@ -96,17 +96,13 @@ def read_fit(path: Path) -> Fit:
     Raises:
         ValueError: the folder is not a fit, is incomplete or damaged, or was written in another format.
     """
+    manifest = read_manifest(path)
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
         arrays = load_file(path / "arrays.safetensors")
         with xr.open_datatree(path / "inference.nc") as tree:
             stats = {str(name): values.to_numpy() for name, values in tree["sample_stats"].data_vars.items()}
-    except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is not a complete fit ({error}); make one with `hilbertcell fit`") from None
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was written in format {manifest.get('format')}, this version reads {FORMAT}; fit again"
-        )
+    except (OSError, SafetensorError, KeyError) as error:
+        raise incomplete(path, error) from None
     parts: dict[str, Any] = {name: kind.from_arrays(_under(arrays, name)) for name, kind in _PARTS.items()}
     features = None
     if manifest["feature_rows"] is not None:
@@ -134,6 +130,28 @@ def read_fit(path: Path) -> Fit:
         diffusion=diffusion,
         **parts,
     )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Names and settings of the fit in the folder `path`.
+
+    Raises:
+        ValueError: there is none, or one of another format.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise incomplete(path, error) from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was written in format {manifest.get('format')}, this version reads {FORMAT}; fit again"
+        )
+    return manifest
+
+
+def incomplete(path: Path, error: Exception) -> ValueError:
+    """What to raise where `error` was met in a folder that should hold a fit."""
+    return ValueError(f"{path} is not a complete fit ({error}); make one with `hilbertcell fit`")
 
 
 def _under(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

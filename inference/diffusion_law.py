@@ -84,10 +84,9 @@ class DiffusionLaw:
         return BatchDraws(*(np.asarray(value) for value in drawn))
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays, ready for safetensors."""
-        weights = {
-            f"denoiser.{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.denoiser))
-        }
+        """Named arrays, ready for safetensors; weights by their path, `denoiser.network.blocks.0.inner.weight`."""
+        leaves = jax.tree.leaves_with_path(self.denoiser)
+        weights = {f"denoiser.{_dotted(path)}": np.asarray(leaf) for path, leaf in leaves}
         description = {f"description.{name}": np.asarray(x) for name, x in self.description._asdict().items()}
         return {**weights, **description, "course": self.course}
 
@@ -98,9 +97,15 @@ class DiffusionLaw:
         like = jax.eval_shape(
             lambda: _new_denoiser(jax.random.key(0), num_coordinates, description, jnp.zeros(()))
         )
-        leaves, structure = jax.tree.flatten(like)
-        stored = [jnp.asarray(arrays[f"denoiser.{i:04d}"]) for i in range(len(leaves))]
-        return cls(structure.unflatten(stored), description, arrays["course"])
+        denoiser = jax.tree.map_with_path(
+            lambda path, _: jnp.asarray(arrays[f"denoiser.{_dotted(path)}"]), like
+        )
+        return cls(denoiser, description, arrays["course"])
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    """A path in the tree of the denoiser as the `state_dict` of its torch twin has it."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _new_denoiser(

@@ -112,7 +112,7 @@ _FREQUENCIES = (
 
 
 class ResidualNetwork(eqx.Module):
-    """F: a residual network of a whitened point, its level and the condition's features; float32, zero at the start.
+    """F: a residual network of a whitened point, its level and the condition's features; zero at the start.
 
     The level enters as `log(sigma / s)` with `s^2` the mean of S, by itself and by Fourier features: what the shape
     of a law looks like depends on the noise relative to its width. Absolute scales, where they matter, are features.
@@ -124,8 +124,9 @@ class ResidualNetwork(eqx.Module):
     exit: Affine
 
     def __call__(self, whitened: Array, relative_level: Array, features: Array) -> Array:
-        """F (D,) in coordinates at `whitened` (D,) and `relative_level` = log(sigma / s) ()."""
-        angles = relative_level * 2.0 ** (jnp.arange(_FREQUENCIES) - 3) * (jnp.pi / 8)
+        """F (D,) in coordinates at `whitened` (D,) and `relative_level` = log(sigma / s) (), in their type."""
+        octaves = jnp.arange(_FREQUENCIES, dtype=relative_level.dtype) - 3
+        angles = relative_level * 2.0**octaves * (jnp.pi / 8)
         embedding = jnp.concatenate([relative_level[None] / 4, jnp.sin(angles), jnp.cos(angles), features])
         context = jax.nn.silu(self.context[1](jax.nn.silu(self.context[0](embedding))))
         h = self.entry(whitened) + context
@@ -168,14 +169,14 @@ class ResidualDenoiser(eqx.Module):
     process: ForwardProcess = eqx.field(static=True, default=VarianceExploding())
 
     def __call__(self, v: Array, sigma: Array, condition: Condition) -> Array:
-        """D (D,) in the type of `v`; the network itself runs in float32."""
+        """D (D,) in the type of `v`; the network itself runs in the type of its weights, float32 once trained."""
         sigma = jnp.asarray(sigma, v.dtype)
         # The tiny floor keeps log finite at sigma = 0 and for a law without variance, where F is not used.
         floor = jnp.finfo(jnp.float32).tiny
         width = root(condition.values.mean())
         relative = jnp.log(jnp.maximum(sigma, floor)) - jnp.log(jnp.maximum(width, floor))
         low = [
-            x.astype(jnp.float32)
+            x.astype(self.network.exit.weight.dtype)
             for x in (condition.vectors @ whiten(v, sigma, condition), relative, condition.features)
         ]
         f = self.network(*low).astype(v.dtype)

@@ -104,16 +104,58 @@ def test_importing_the_package_imports_nothing_heavy():
     )
 
 
-def test_importing_every_module_changes_no_global_flag():
+def modules(*, twin: bool) -> list[str]:
+    """Names of all modules, those of the torch twin only if asked for."""
     names = [f"hilbertcell.{path.relative_to(ROOT).with_suffix('')}".replace("/", ".") for path in SOURCES]
-    names = [name.removesuffix(".__init__") for name in names]
-    code = (
+    return [name.removesuffix(".__init__") for name in names if twin or ".pyro" not in name]
+
+
+WITHOUT_TORCH = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "pyro"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_the_core_needs_no_torch_and_importing_it_changes_no_global_flag():
+    code = WITHOUT_TORCH + (
         "import importlib, warnings\nimport jax, matplotlib, numpy, numpyro, pandas, xarray, anndata\n"
         "def state(): return dict(jax.config.values), matplotlib.rcParams.copy(), numpy.geterr(), warnings.filters[:]\n"
         "before = state()\n"
-        f"for name in {names!r}: importlib.import_module(name)\n"
+        f"for name in {modules(twin=False)!r}: importlib.import_module(name)\n"
         "after = state()\n"
         "for b, a in zip(before, after): assert a == b, (b, a)\n"
+        "import jax.numpy as jnp\n"
+        "from hilbertcell.inference.samplers import split_sampler\n"
+        "from hilbertcell.models.denoisers import Condition, gaussian_denoiser\n"
+        "law = Condition(jnp.zeros(2), jnp.eye(2), jnp.ones(2), jnp.zeros(0))\n"
+        "assert jnp.isfinite(split_sampler(jax.random.key(0), gaussian_denoiser, law, 0.0)).all()\n"
+    )
+    run("-c", code)
+
+
+def test_without_torch_every_module_of_the_twin_says_what_it_needs():
+    code = WITHOUT_TORCH + (
+        "import importlib\n"
+        f"for name in {sorted(set(modules(twin=True)) - set(modules(twin=False)))!r}:\n"
+        "    try: importlib.import_module(name)\n"
+        "    except ImportError as error: assert \"pip install 'hilbertcell[torch]'\" in str(error), (name, error)\n"
+        "    else: raise AssertionError(f'{name} was imported without torch')\n"
+    )
+    run("-c", code)
+
+
+def test_importing_the_twin_changes_no_flag_of_torch(torch):
+    code = (
+        "import importlib, torch\n"
+        "def state(): return torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), "
+        "torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.initial_seed()\n"
+        "before = state()\n"
+        f"for name in {sorted(set(modules(twin=True)) - set(modules(twin=False)))!r}: importlib.import_module(name)\n"
+        "assert state() == before, (before, state())\n"
     )
     run("-c", code)
 

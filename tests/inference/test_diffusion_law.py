@@ -2,37 +2,21 @@
 
 from dataclasses import replace
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 
 from hilbertcell.inference.diffusion_conditions import label_features
 from hilbertcell.inference.diffusion_law import (
-    DiffusionLaw,
-    _new_denoiser,
     held_out_batches,
     labels_of,
     see_populations,
 )
 from hilbertcell.inference.fit import load_fit
-from hilbertcell.inference.law_choice import GAUSSIAN, LawChoice, choose_law
+from hilbertcell.inference.law_choice import GAUSSIAN, choose_law
 from hilbertcell.inference.paired_test import p_greater
 from hilbertcell.inference.settings import Settings
-
-
-def with_law(fitted, size: float = 0.0):
-    """The fit with a diffusion whose network gives `size` everywhere in place of training."""
-    _, description = see_populations(fitted, fitted.moments, 0)
-    denoiser = _new_denoiser(
-        jax.random.key(0), fitted.coordinates.A.shape[1], description, jnp.asarray(0.05, jnp.float32)
-    )
-    moved = jnp.full_like(denoiser.network.exit.bias, size)
-    denoiser = eqx.tree_at(lambda d: d.network.exit.bias, denoiser, moved)
-    law = DiffusionLaw(denoiser, description, np.zeros((1, 2)))
-    return replace(fitted, diffusion=law, choice=LawChoice("diffusion", "as set", {}))
+from tests.untrained_law import with_law
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,14 @@ def test_a_damaged_folder_is_refused(without_d5, tmp_path, damage):
         read_fit(tmp_path / "fit")
 
 
+def test_a_fit_of_another_format_is_refused(without_d5, tmp_path):
+    without_d5.save(tmp_path / "fit")
+    manifest = tmp_path / "fit" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    with pytest.raises(ValueError, match="written in format 2, this version reads 3; fit again"):
+        read_fit(tmp_path / "fit")
+
+
 def test_a_hidden_batch_reaches_no_part_of_the_fit(screen):
     split = next(split for split in leave_one_batch_out(screen.labels) if "d5" in split.held_out[0])
     train = training_populations(screen, split)
