@@ -60,6 +60,7 @@ def pyro(torch: ModuleType) -> ModuleType:
     """Pyro."""
     if importlib.util.find_spec("pyro") is None:
         absent("torch", "no pyro-ppl; install the extra torch")
+    torch.set_num_threads(1)  # tensors of tests are small: threads would only wait for each other
     return importlib.import_module("pyro")
 
 

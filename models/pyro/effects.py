@@ -35,7 +35,7 @@ class ConditionEffects(TorchDistribution):
         """The same law for a batch of features that `scale` broadcasts to."""
         return ConditionEffects(self.scale.expand(batch_shape), self.chol)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """Draw (*sample_shape, D, E)."""
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
         white = torch.randn(shape, dtype=self.chol.dtype, device=self.chol.device)

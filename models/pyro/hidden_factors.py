@@ -71,10 +71,9 @@ def hidden_factor_program(
                 "modulation", Normal(zeros(num_levels, num_factors), 1.0).to_event(2)
             )
     context_ratio = context_log_ratio.exp()
+    loading = zeros(num_features, 2, 0)
     if num_factors:
         loading = unit_loading * factor_ratio * scales[:, :2, None]
-    else:
-        loading = zeros(num_features, 2, 0)
     modulation = modulation_scale = None
     if several:
         modulation_scale = (modulation_ratio * scales[:, 1, None]).T

@@ -116,7 +116,7 @@ class PopulationMeans(TorchDistribution):
             )
         return self
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """Draw observed means, cell noise included; slots that are not observed are drawn too."""
         with torch.no_grad():
             number = math.prod(sample_shape)

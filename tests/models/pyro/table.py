@@ -83,7 +83,7 @@ CASES = {
 
 def _response_arguments(case: Case) -> tuple[Any, ...]:
     """Arguments of the response program: globals of any value, in the shapes of the case."""
-    layout, kernels, level, block, num_factors, means = case.hidden_factor_arguments()
+    layout, _, level, block, num_factors, means = case.hidden_factor_arguments()
     rng = np.random.default_rng(1)
     positive = lambda *shape: np.exp(0.4 * rng.standard_normal(shape))
     num_conditions, num_features = len(level), len(block)

@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp
 
 from hilbertcell.inference.predictive import QUICK_COMPILE
 
-from .table import CASES, PROGRAMS, Case, Program
+from .table import CASES, PROGRAMS, Program
 
 RTOL = 1e-9  # in float64; asked for is 1e-6
 NUM_DRAWS = 1000
