@@ -112,9 +112,7 @@ class Program(NamedTuple):
     numpyro: Callable
     twin: str
     arguments: Callable[[Case], tuple[Any, ...]]  # of the NumPyro program; the observed means last
-    slow: frozenset[str] = (
-        frozenset()
-    )  # cases for `make test-slow`: XLA takes two seconds and more to compile one
+    slow: frozenset[str] = frozenset()  # cases for `make test-slow`: those that XLA takes seconds to compile
 
     def pyro(self) -> Callable:
         """The program in Pyro."""
@@ -127,9 +125,7 @@ PROGRAMS = {
         hidden_factor_program,
         "hidden_factors.hidden_factor_program",
         Case.hidden_factor_arguments,
-        frozenset(
-            {"one batch", "combinations", "doses and perturbation features", "few cells", "a million cells"}
-        ),
+        frozenset(CASES) - {"controls and populations missing", "random features", "no factors"},
     ),
     "response": Program(response_program, "response_program.response_program", _response_arguments),
 }
