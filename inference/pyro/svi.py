@@ -62,7 +62,8 @@ def fit_svi(
         load_params(params or {}, tensors[0].device)
         with torch.no_grad(), poutine.trace(param_only=True) as made:
             guide(*args)
-        free = [site["value"].unconstrained() for site in made.trace.nodes.values()]
+        nodes: dict[str, Any] = dict(made.trace.nodes)
+        free = [site["value"].unconstrained() for site in nodes.values()]
         optimiser = torch.optim.Adam(free, lr=learning_rate)
         decay = lambda step: FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * step / num_steps)) / 2
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, decay)

@@ -31,11 +31,13 @@ class ConditionEffects(TorchDistribution):
         self.scale, self.chol = scale, chol
         super().__init__(scale.shape, chol.shape[:1], validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "ConditionEffects":
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: object = None
+    ) -> "ConditionEffects":
         """The same law for a batch of features that `scale` broadcasts to."""
         return ConditionEffects(self.scale.expand(batch_shape), self.chol)
 
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draw (*sample_shape, D, E)."""
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
         white = torch.randn(shape, dtype=self.chol.dtype, device=self.chol.device)

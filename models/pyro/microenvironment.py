@@ -108,7 +108,9 @@ class PopulationMeans(TorchDistribution):
         self.globals_, self.layout = globals_, layout
         super().__init__(layout.mean.shape[:1], layout.mean.shape[1:], validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "PopulationMeans":
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: object = None
+    ) -> "PopulationMeans":
         """Itself: batches differ in their slots. Raises: ValueError for any other number of batches."""
         if torch.Size(batch_shape) != self.batch_shape:
             raise ValueError(
@@ -116,7 +118,7 @@ class PopulationMeans(TorchDistribution):
             )
         return self
 
-    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draw observed means, cell noise included; slots that are not observed are drawn too."""
         with torch.no_grad():
             number = math.prod(sample_shape)
