@@ -15,9 +15,9 @@ def test_both_libraries_reach_the_same_elbo_and_predictions(data_dir, pyro):
     of_one = [elbo(library, fits["Pyro"], NUM_DRAWS) for library in fits]
     # One set of parameters, evaluated by both: 4 standard errors of the difference.
     assert abs(of_one[0][0] - of_one[1][0]) < 4 * np.hypot(of_one[0][1], of_one[1][1])
-    # Other noise, another end after few steps: two seeds of NumPyro alone were 16 apart after 100 steps.
+    # Other noise, another end of the optimisation: 0.5 apart with these seeds, errors of 1.2 each, -269 in all.
     reached = [elbo("NumPyro", fit, NUM_DRAWS)[0] for fit in fits.values()]
-    assert abs(reached[0] - reached[1]) < 30
+    assert abs(reached[0] - reached[1]) < 10
     one, two = (predict(fit, begun.unseen, NUM_DRAWS) for fit in fits.values())
     distance, log_ratio = two.against(one)
     # Means of 200 draws differ by 0.1 sds if nothing else does; sds by 0.07, much less in the mean over 240.
