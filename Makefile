@@ -10,7 +10,7 @@ with_docs := .venv/.hilbertcell-docs
 with_torch := .venv/.hilbertcell-torch
 with_browser := .venv/.hilbertcell-browser
 
-.PHONY: help venv torch browser demo test test-slow lint types docs bench bench-quick bench-neural bench-streaming constraints
+.PHONY: help venv torch browser demo test test-slow lint types docs bench bench-quick bench-neural bench-streaming bench-twin constraints
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ $(with_browser): $(core)
 
 venv: $(core) ## make .venv with hilbertcell and the developer's tools in it
 
-torch: $(with_torch) ## PyTorch in .venv as well (3 GB), for checkpoints made with it
+torch: $(with_torch) ## PyTorch in .venv as well (3 GB), for the programs in Pyro and checkpoints made with torch
 
 browser: $(with_browser) ## Playwright in .venv and a Chromium, for the tests of pages in a browser
 	scripts/find_chromium.sh
@@ -70,6 +70,10 @@ bench-neural: $(core) ## PerturbDiff beside the baselines (about an hour; needs 
 
 bench-streaming: $(core) ## streaming a million simulated cells against merely reading them (ten minutes, 2 GB of disk)
 	$(bin)/python -m hilbertcell.analyses.streaming_benchmark
+	$(bin)/python -m hilbertcell.analyses.benchmark_page
+
+bench-twin: $(with_torch) ## one fit in NumPyro and in Pyro (minutes; needs the real data)
+	$(bin)/python -m hilbertcell.analyses.twin_benchmark
 	$(bin)/python -m hilbertcell.analyses.benchmark_page
 
 constraints: ## resolve constraints.txt afresh (needs uv)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hilbertcell.analyses.benchmark_page import PARTS, TIMES, assemble, take_grid
+from hilbertcell.analyses.benchmark_page import BY_HAND, PARTS, TIMES, assemble, take_grid
 
 _HERE = "hilbertcell.analyses"
 GRID = (
@@ -84,7 +84,7 @@ def main() -> None:
     docs = Path("docs")
     (docs / "_parts").mkdir(parents=True, exist_ok=True)
     for part in PARTS:
-        if part != "streaming":  # which has a command of its own
+        if part not in BY_HAND:
             (docs / "_parts" / f"{part}.md").unlink(missing_ok=True)
     failed = run_all([GRID], BESIDE, ALONE, docs, options.log)
     if "grid" not in failed:

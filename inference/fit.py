@@ -279,7 +279,10 @@ def embed(moments: Moments, prior: WithinPrior, names: Vocabulary, max_coordinat
 
 
 def infer(start: Fit, *, progress: bool = False) -> Fit:
-    """Run inference for a fit whose embedding and moments are in place."""
+    """Run inference for a fit whose embedding and moments are in place.
+
+    Variational inference goes on from the parameters of `start` where it has some, of NumPyro's or of Pyro's making.
+    """
     settings = start.settings
     key = jax.random.key(start.seed)
     if start.inference[0] == "nuts":
@@ -295,10 +298,11 @@ def infer(start: Fit, *, progress: bool = False) -> Fit:
         result = fit_svi(
             key, hidden_factor_program, start.guide(), start.program_args,
             num_steps=num_steps, learning_rate=settings.learning_rate,
-            num_particles=settings.num_particles, objective=settings.objective, on_progress=advance,
+            num_particles=settings.num_particles, objective=settings.objective, params=start.params or None,
+            on_progress=advance,
         )  # fmt: skip
         params = {name: np.asarray(value) for name, value in result.params.items()}
-    return replace(start, params=params, losses=result.losses)
+    return replace(start, params=params, losses=np.concatenate([start.losses, result.losses]))
 
 
 def training_populations(populations: Populations, holdout: Split | None) -> Populations:

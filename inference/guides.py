@@ -6,7 +6,7 @@ scales) and, where features are so few that they hardly determine what they shar
 sites of large screens (many conditions) keep the diagonal only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +23,65 @@ _MAX_BLOCK = 64
 # More numbers than these that couple features to what they share are learned too slowly: with 58,000 (72 features)
 # the ELBO was no better after 8,000 steps and much worse after 1,000.
 _MAX_COUPLINGS = 10_000
-_INITIAL_SD = 0.1
+INITIAL_SD = 0.1  # of shared sites
 
 
-class _Site(NamedTuple):
+class Site(NamedTuple):
+    """A latent site of a program."""
+
     name: str
     shape: tuple[int, ...]  # unconstrained, without the feature axis
-    transform: Any
+    transform: Any  # from unconstrained values
+
+    @property
+    def size(self) -> int:
+        """Number of unknowns, of one feature where it has them per feature."""
+        return int(np.prod(self.shape))
+
+
+class Layout(NamedTuple):
+    """Where the sites of a program lie in the blocks of its guide; H, D, w, n as in `BlockGuide`."""
+
+    shared: tuple[Site, ...]
+    feature: tuple[Site, ...]  # the narrow ones first
+    num_features: int  # D
+    num_narrow: int  # n
+    coupled: bool  # features follow the noise of what they share
+
+    @property
+    def num_shared(self) -> int:
+        """H."""
+        return sum(site.size for site in self.shared)
+
+    @property
+    def width(self) -> int:
+        """Unknowns per feature, w."""
+        return sum(site.size for site in self.feature)
+
+    def initial_params(self) -> dict[str, np.ndarray]:
+        """Starting values of the variational parameters."""
+        narrow, number = self.num_narrow, self.num_features
+        params = {
+            "shared_loc": np.zeros(self.num_shared),
+            "shared_tril": np.eye(self.num_shared),
+            "feature_loc": np.zeros((number, self.width)),
+            "feature_tril": np.tile(np.eye(narrow), (number, 1, 1)),
+            "feature_sd": np.ones((number, self.width - narrow)),
+        }
+        if self.coupled:
+            params["feature_common"] = np.zeros((number, narrow, self.num_shared))
+        return params
+
+
+def block_layout(sites: Iterable[tuple[Site, bool]], num_features: int) -> Layout:
+    """Lay out sites; each comes with whether it lies in the plate `feature`."""
+    shared, feature = (tuple(site for site, local in sites if local == kind) for kind in (False, True))
+    feature = tuple(sorted(feature, key=lambda site: site.size))
+    widths = np.cumsum([site.size for site in feature])
+    num_narrow = int(widths[widths <= _MAX_BLOCK].max())
+    num_shared = sum(site.size for site in shared)
+    coupled = num_features * num_narrow * num_shared <= _MAX_COUPLINGS
+    return Layout(shared, feature, num_features, num_narrow, coupled)
 
 
 class BlockGuide:
@@ -59,72 +111,60 @@ class BlockGuide:
                     sites[name] = biject_to(site["fn"].support), local
 
         jax.eval_shape(collect)  # abstractly: nothing is compiled only to learn the names
-        self._shared: list[_Site] = []
-        self._feature: list[_Site] = []
-        start: dict[str, Array] = {}
-        for name, (transform, local) in sites.items():
-            start[name] = transform.inv(jnp.asarray(initial[name], float))
-            shape = start[name].shape[int(local) :]
-            (self._feature if local else self._shared).append(_Site(name, shape, transform))
-        self._feature.sort(key=lambda site: int(np.prod(site.shape)))
-        widths = np.cumsum([int(np.prod(site.shape)) for site in self._feature])
-        self._num_narrow = int(widths[widths <= _MAX_BLOCK].max())
-        num_features = start[self._feature[0].name].shape[0]
-        self._start_shared = jnp.concatenate([start[site.name].ravel() for site in self._shared])
-        self._start_feature = jnp.concatenate(
-            [start[site.name].reshape(num_features, -1) for site in self._feature], axis=1
+        start = {
+            name: transform.inv(jnp.asarray(initial[name], float)) for name, (transform, _) in sites.items()
+        }
+        num_features = next(len(start[name]) for name, (_, local) in sites.items() if local)
+        self._layout = layout = block_layout(
+            [
+                (Site(name, start[name].shape[int(local) :], transform), local)
+                for name, (transform, local) in sites.items()
+            ],
+            num_features,
         )
-        self._start_sd = jnp.concatenate(
-            [jnp.asarray(initial_sd[site.name]).reshape(num_features, -1) for site in self._feature], axis=1
+        self._start_shared = jnp.concatenate([start[site.name].ravel() for site in layout.shared])
+        columns = lambda values: jnp.concatenate(
+            [jnp.asarray(values[site.name]).reshape(num_features, -1) for site in layout.feature], axis=1
         )
-        self._coupled = num_features * self._num_narrow * len(self._start_shared) <= _MAX_COUPLINGS
+        self._start_feature, self._start_sd = columns(start), columns(initial_sd)
 
     def initial_params(self) -> dict[str, Array]:
         """Starting values of the variational parameters."""
-        narrow = self._num_narrow
-        num_features, width = self._start_feature.shape
-        params = {
-            "shared_loc": jnp.zeros_like(self._start_shared),
-            "shared_tril": jnp.eye(len(self._start_shared)),
-            "feature_loc": jnp.zeros_like(self._start_feature),
-            "feature_tril": jnp.tile(jnp.eye(narrow), (num_features, 1, 1)),
-            "feature_sd": jnp.ones((num_features, width - narrow)),
-        }
-        if self._coupled:
-            params["feature_common"] = jnp.zeros((num_features, narrow, len(self._start_shared)))
-        return params
+        return {name: jnp.asarray(value) for name, value in self._layout.initial_params().items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Sample every latent site of the program; the signature is the program's."""
-        start = self.initial_params()
+        layout, start = self._layout, self.initial_params()
         tril = dist.constraints.lower_cholesky
         shared_loc = numpyro.param("shared_loc", start["shared_loc"])
         shared_tril = numpyro.param("shared_tril", start["shared_tril"], constraint=tril)
         feature_loc = numpyro.param("feature_loc", start["feature_loc"])
         feature_tril = numpyro.param("feature_tril", start["feature_tril"], constraint=tril)
         feature_sd = numpyro.param("feature_sd", start["feature_sd"], constraint=dist.constraints.positive)
-        narrow, (num_features, width) = self._num_narrow, feature_loc.shape
+        narrow, (num_features, width) = layout.num_narrow, feature_loc.shape
         # x = start + sd (loc + L noise) has density N(noise; 0, I) / det: no triangular system is ever solved.
         noise = _standard_normal("_shared", shared_loc.shape, plated=False)
-        volume = jnp.log(jnp.diagonal(shared_tril)).sum() + len(shared_loc) * np.log(_INITIAL_SD)
-        if self._coupled:
+        volume = jnp.log(jnp.diagonal(shared_tril)).sum() + len(shared_loc) * np.log(INITIAL_SD)
+        if layout.coupled:
             feature_loc = feature_loc.at[:, :narrow].add(
                 numpyro.param("feature_common", start["feature_common"]) @ noise
             )
-        shared = self._start_shared + _INITIAL_SD * (shared_loc + shared_tril @ noise)
-        _emit(self._shared, shared[None], volume, plated=False)
+        shared = self._start_shared + INITIAL_SD * (shared_loc + shared_tril @ noise)
+        _emit(layout.shared, shared[None], volume, plated=False)
         with numpyro.plate("feature", num_features):
             noise = _standard_normal("_feature", (num_features, width), plated=True)
             block = jnp.einsum("dij,dj->di", feature_tril, noise[:, :narrow])
             moved = feature_loc + jnp.concatenate([block, feature_sd * noise[:, narrow:]], axis=1)
             volume = jnp.log(jnp.diagonal(feature_tril, axis1=1, axis2=2)).sum(1) + jnp.log(feature_sd).sum(1)
             volume = volume + jnp.log(self._start_sd).sum(1)
-            _emit(self._feature, self._start_feature + self._start_sd * moved, volume, plated=True)
+            _emit(layout.feature, self._start_feature + self._start_sd * moved, volume, plated=True)
 
     def sample(self, key: Array, params: dict[str, Array]) -> dict[str, Array]:
         """One draw of the program's latent sites from the fitted family."""
         trace = handlers.trace(handlers.seed(handlers.substitute(self, data=params), key)).get_trace()
-        return {site.name: trace[site.name]["value"] for site in (*self._shared, *self._feature)}
+        return {
+            site.name: trace[site.name]["value"] for site in (*self._layout.shared, *self._layout.feature)
+        }
 
 
 def _standard_normal(name: str, shape: tuple[int, ...], *, plated: bool) -> Array:
@@ -132,16 +172,15 @@ def _standard_normal(name: str, shape: tuple[int, ...], *, plated: bool) -> Arra
     return numpyro.sample(name, law, infer={"is_auxiliary": True})
 
 
-def _emit(sites: list[_Site], block: Array, volume: Array, *, plated: bool) -> None:
+def _emit(sites: tuple[Site, ...], block: Array, volume: Array, *, plated: bool) -> None:
     """Split unconstrained columns of `block` (rows, width) into sites; the Delta sites carry the Jacobians.
 
     `volume` is log det of the map from noise to `block`; the first site takes it.
     """
     offset = 0
     for site in sites:
-        width = int(np.prod(site.shape))
-        flat = block[:, offset : offset + width]
-        offset += width
+        flat = block[:, offset : offset + site.size]
+        offset += site.size
         unconstrained = flat.reshape((flat.shape[0], *site.shape) if plated else site.shape)
         value = site.transform(unconstrained)
         jacobian = site.transform.log_abs_det_jacobian(unconstrained, value)

@@ -17,8 +17,8 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from hilbertcell.models.microenvironment import Observations
 
 # Gradients of the collapsed density are dominated by a few scales early on; clipping keeps Adam's second moments sane.
-_CLIP_NORM = 50.0
-_FINAL_RATE = 0.02  # share of the learning rate left at the last step: averages out the noise of the gradient
+CLIP_NORM = 50.0
+FINAL_RATE = 0.02  # share of the learning rate left at the last step: averages out the noise of the gradient
 # Observed means from which a table is large: steps take about half the time in single precision.
 _LARGE = 200_000
 # A small table is not at its optimum after 1,000 steps and has time for up to 6,000; from this many observed means on
@@ -53,9 +53,12 @@ def fit_svi(
     learning_rate: float,
     num_particles: int,
     objective: Objective = "elbo",
+    params: dict[str, np.ndarray] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> VariationalFit:
     """Maximise the bound `objective` of `program(*args)` under `guide` with Adam and a cosine decay.
+
+    It starts from `params` (constrained) where they are given, else from where the guide starts.
 
     Raises:
         FloatingPointError: the ELBO became NaN or infinite; the message names the first such step.
@@ -74,7 +77,8 @@ def fit_svi(
         update = lambda state, _: svi.update(state, *whole(arrays))
         return jax.lax.scan(update, state, None, length=_block_length(num_steps))
 
-    state, losses = jax.jit(lambda key, arrays: svi.init(key, *whole(arrays)))(key, arrays), []
+    init = lambda key, arrays, start: svi.init(key, *whole(arrays), init_params=start)
+    state, losses = jax.jit(init)(key, arrays, params and jax.tree.map(jnp.asarray, params)), []
     for _ in range(num_steps // _block_length(num_steps)):
         state, block_losses = block(state, arrays)
         losses.append(np.asarray(block_losses))
@@ -121,8 +125,8 @@ def _svi(
     program: Callable, guide: Callable, num_steps: int, rate: float, num_particles: int, objective: Objective
 ) -> SVI:
     optimiser = optax.chain(
-        optax.clip_by_global_norm(_CLIP_NORM),
-        optax.adam(optax.cosine_decay_schedule(rate, num_steps, _FINAL_RATE)),
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.adam(optax.cosine_decay_schedule(rate, num_steps, FINAL_RATE)),
     )
     if objective == "elbo":
         return SVI(program, guide, optimiser, Trace_ELBO(num_particles=num_particles))

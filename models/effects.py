@@ -19,7 +19,7 @@ from numpyro.distributions import constraints
 # Response curves are smooth over about one decade of dose: the usual slope of a Hill curve with coefficient 1.
 DOSE_DECADES = 1.0
 # Share of a kernel's mean diagonal added for a stable Cholesky factor in float64.
-_JITTER = 1e-8
+JITTER = 1e-8
 _HALF_LOG_2PI = 0.9189385332046727
 
 
@@ -70,7 +70,7 @@ def similarity_kernels(conditions: Conditions) -> dict[str, np.ndarray]:
 def kernel_cholesky(kernels: Array, amplitudes: Array) -> Array:
     """Lower Cholesky factor (E, E) of `sum_m amplitudes_m^2 kernels_m`; kernels (M, E, E), amplitudes (M,)."""
     kernel = jnp.tensordot(amplitudes**2, kernels, 1)
-    jitter = _JITTER * jnp.trace(kernel) / kernel.shape[0]
+    jitter = JITTER * jnp.trace(kernel) / kernel.shape[0]
     return jnp.linalg.cholesky(kernel + jitter * jnp.eye(kernel.shape[0], dtype=kernel.dtype))
 
 

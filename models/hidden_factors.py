@@ -11,7 +11,7 @@ from hilbertcell.models.microenvironment import Globals, Observations, Populatio
 
 # Own loadings of so many (perturbation, dose, factor) keep their posterior correlations in the guide's block of 64
 # unknowns; in larger screens they would cost six times the rest of the likelihood (measured at 100 conditions).
-_MAX_MODULATIONS = 64
+MAX_MODULATIONS = 64
 
 
 def hidden_factor_program(
@@ -60,7 +60,7 @@ def hidden_factor_program(
             "factor_ratio", dist.HalfNormal(jnp.ones((blocks, 2, num_factors))).to_event(3)
         )[feature_block]
     # With one level its own loadings are those of all.
-    several = num_factors > 0 and num_levels > 1 and num_levels * num_factors <= _MAX_MODULATIONS
+    several = num_factors > 0 and num_levels > 1 and num_levels * num_factors <= MAX_MODULATIONS
     if several:
         modulation_ratio = numpyro.sample(
             "modulation_ratio", dist.HalfNormal(jnp.full((blocks, num_factors), 0.5)).to_event(2)

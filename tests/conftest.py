@@ -55,6 +55,15 @@ def torch() -> ModuleType:
     return importlib.import_module("torch")
 
 
+@pytest.fixture(scope="session")
+def pyro(torch: ModuleType) -> ModuleType:
+    """Pyro."""
+    if importlib.util.find_spec("pyro") is None:
+        absent("torch", "no pyro-ppl; install the extra torch")
+    torch.set_num_threads(1)  # tensors of tests are small: threads would only wait for each other
+    return importlib.import_module("pyro")
+
+
 @pytest.fixture(autouse=True)
 def _jax_flags_unchanged() -> Iterator[None]:
     """Global flags are process-wide: a test that changes one changes the meaning of every later test."""

@@ -148,10 +148,10 @@ def test_without_torch_every_module_of_the_twin_says_what_it_needs():
     run("-c", code)
 
 
-def test_importing_the_twin_changes_no_flag_of_torch(torch):
+def test_importing_the_twin_changes_no_flag(pyro):
     code = (
-        "import importlib, torch\n"
-        "def state(): return torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), "
+        "import importlib, jax, pyro, torch\n"
+        "def state(): return dict(jax.config.values), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), "
         "torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.initial_seed()\n"
         "before = state()\n"
         f"for name in {sorted(set(modules(twin=True)) - set(modules(twin=False)))!r}: importlib.import_module(name)\n"
