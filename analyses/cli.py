@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hilbertcell.analyses import cli_perturbdiff
+from hilbertcell.analyses import cli_diagnose, cli_perturbdiff
 from hilbertcell.analyses.cli_options import Cells, Draws, Force, ModelName, PresetName, Seed
 from hilbertcell.analyses.cli_options import file as _file
 from hilbertcell.analyses.cli_options import flag as _flag
@@ -231,9 +231,8 @@ def predict(
         drawn.close()
     notices.print(
         f"{sizes['draw']:,} draws of {sizes['population']:,} populations written to {out}",
-        highlight=False,
-        markup=False,
-    )
+        highlight=False, markup=False,
+    )  # fmt: skip
 
 
 @command(app)
@@ -392,6 +391,7 @@ def _write_json(scores: dict, out: Path) -> None:
     notices.print(f"scores written to {out}", highlight=False, markup=False)
 
 
+cli_diagnose.register(app)
 cli_perturbdiff.register(app)
 
 
