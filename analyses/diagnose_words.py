@@ -32,7 +32,7 @@ CHECKS: dict[str, Words] = {
     "course": Words(
         "Fitting had ended",
         "Was the fit still improving when it stopped?",
-        "gain of at most 0.01 nats per unknown; rank test of the last two tenths of the steps",
+        "gain of at most 0.045 nats per unknown; rank test of the last two tenths of the steps",
         lambda r: f"The last tenth of the steps gained {r.statistic:.4f} nats per unknown.",
         "More steps would hardly change it.",
         "The fit was stopped while it still improved: its numbers would move if it went on.",
@@ -62,7 +62,7 @@ CHECKS: dict[str, Words] = {
     "guide_width": Words(
         "The fit is as sure as it may be",
         "Is the fitted distribution as wide as it should be?",
-        "widths between 0.8 and 1.25 of the best; normal law over draws",
+        "widths between 0.8 and 1.25 of the best; sign test over draws",
         lambda r: f"Its widths are {r.statistic:.2f} times those that fit best.",
         "It is.",
         "Uncertainties of the stored fit are too small (below 1) or too large (above 1).",

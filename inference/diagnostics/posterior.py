@@ -1,5 +1,6 @@
 """One pass over draws of the unknowns: replicated tables, microenvironments, densities and what else checks need."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import arviz
@@ -43,9 +44,11 @@ def posterior_draws(fit: "Fit", table: Table, num_draws: int, seed: int) -> Post
     replicates = table.noise(np.random.default_rng(seed), num_draws)
     parts: list[dict[str, np.ndarray]] = []
     with jax.enable_x64(True):
-        sample = jax.jit(
-            lambda keys, g, layout: jax.lax.map(lambda own: _latent_table(*own, layout), (keys, g))
-        )
+
+        @jax.jit
+        def sample(keys: Array, globals_: Globals, layout: Observations) -> Array:
+            return jax.lax.map(lambda own: latent_table(own[0], own[1], layout), (keys, globals_))
+
         log_prior = _log_prior(fit)
         keys = jax.random.split(jax.random.key(seed), (3, num_draws))
         for start in range(0, num_draws, DRAW_BLOCK):
@@ -69,7 +72,7 @@ def posterior_draws(fit: "Fit", table: Table, num_draws: int, seed: int) -> Post
     )  # fmt: skip
 
 
-def _latent_table(key: Array, globals_: Globals, layout: Observations) -> Array:
+def latent_table(key: Array, globals_: Globals, layout: Observations) -> Array:
     """Latent means (B, C + J, D) of batches drawn from the generative process, nothing given but the layout."""
     num_factors = globals_.baseline_loading.shape[1]
 
@@ -87,7 +90,7 @@ def _latent_table(key: Array, globals_: Globals, layout: Observations) -> Array:
     return jax.vmap(one)(jax.random.split(key, len(layout.mean)), layout.condition, layout.context)
 
 
-def _log_prior(fit: "Fit"):  # type: ignore[no-untyped-def]
+def _log_prior(fit: "Fit") -> Callable[[dict[str, Array]], Array]:
     """Compiled map from sites (S, ...) to the log prior density (S,) of those that features share."""
     args = (*fit.program_args[:-1], None)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hilbertcell.inference.diagnostics.result import Result, judged, monte_carlo_p
+from hilbertcell.inference.diagnostics.result import Result, Side, judged, monte_carlo_p
 
 
 class Kinds(NamedTuple):
@@ -58,18 +58,14 @@ def own_baseline_slope(table: np.ndarray, control: np.ndarray) -> np.ndarray:
 def predictive_checks(table: np.ndarray, replicates: np.ndarray, kinds: Kinds) -> dict[str, Result]:
     """Measured table (P, D) among replicated ones (R, P, D), standardised features."""
     observed, null = kinds.gather(table), kinds.gather(replicates)
-    found = {
-        "spread between batches": (spread_between(observed), spread_between(null), "two-sided"),
-        "largest residual": (largest_residual(observed), largest_residual(null), "greater"),
-        "slope on own baseline": (
-            own_baseline_slope(observed, kinds.control),
-            own_baseline_slope(null, kinds.control),
-            "two-sided",
-        ),
-    }
+
+    def check(observed: np.ndarray, null: np.ndarray, side: Side) -> Result:
+        p = monte_carlo_p(float(observed), null, side)
+        return judged(float(observed), p, details={"expected": float(np.median(null))})
+
+    slope = [own_baseline_slope(values, kinds.control) for values in (observed, null)]
     return {
-        name: judged(
-            float(value), monte_carlo_p(float(value), law, side), details={"expected": float(np.median(law))}
-        )  # type: ignore[arg-type]
-        for name, (value, law, side) in found.items()
+        "spread between batches": check(spread_between(observed), spread_between(null), "two-sided"),
+        "largest residual": check(largest_residual(observed), largest_residual(null), "greater"),
+        "slope on own baseline": check(slope[0], slope[1], "two-sided"),
     }

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 Verdict = Literal["ok", "watch", "alarm"]
+Side = Literal["greater", "less", "two-sided"]
 ALARM, WATCH = 0.01, 0.05  # nominal levels of the two verdicts
 
 
@@ -30,8 +31,8 @@ class Result:
 
 
 def verdict_of(p: float) -> Verdict:
-    """Alarm below 1 %, watch below 5 %."""
-    return "alarm" if p < ALARM else "watch" if p < WATCH else "ok"
+    """Alarm below 1 %, watch below 5 %; a p-value that is not a number is an alarm."""
+    return "ok" if p >= WATCH else "watch" if p >= ALARM else "alarm"
 
 
 def judged(statistic: float, p: float, culprit: str = "", details: dict[str, float] | None = None) -> Result:
@@ -39,9 +40,7 @@ def judged(statistic: float, p: float, culprit: str = "", details: dict[str, flo
     return Result(float(statistic), float(p), verdict_of(p), culprit, details or {})
 
 
-def monte_carlo_p(
-    observed: float, null: np.ndarray, side: Literal["greater", "less", "two-sided"] = "greater"
-) -> float:
+def monte_carlo_p(observed: float, null: np.ndarray, side: Side = "greater") -> float:
     """P-value of a statistic among R draws (R,) of its null law: (1 + as extreme) / (1 + R), exact for exchangeable draws.
 
     Davison and Hinkley (1997), section 4.2. Two-sided: twice the smaller one.
