@@ -26,7 +26,7 @@ def _who(result: Result) -> str:
     return f" ({result.culprit})" if result.culprit else ""
 
 
-HELD_OUT = "t test over held-out batches, from four on"
+HELD_OUT = "t statistic over held-out batches (from four on) among those of draws"
 
 CHECKS: dict[str, Words] = {
     "course": Words(
@@ -62,7 +62,7 @@ CHECKS: dict[str, Words] = {
     "guide_width": Words(
         "The fit is as sure as it may be",
         "Is the fitted distribution as wide as it should be?",
-        "widths between 0.8 and 1.25 of the best; sign test over draws",
+        "widths between 0.8 and 1.25 of the best; t test over draws",
         lambda r: f"Its widths are {r.statistic:.2f} times those that fit best.",
         "It is.",
         "Uncertainties of the stored fit are too small (below 1) or too large (above 1).",

@@ -8,7 +8,8 @@ null is "at most as far as this", and its level is reached at that distance.
 
 import numpy as np
 from arviz_stats.base import array_stats
-from scipy.stats import binom, mannwhitneyu, norm
+from scipy.stats import mannwhitneyu, norm
+from scipy.stats import t as student_t
 
 from hilbertcell.inference.diagnostics.result import Result, Verdict, judged
 
@@ -19,6 +20,7 @@ DISTANCE = 0.3  # root mean square distance of the guide's locations from the op
 # step size alone, which calms the parameters down, gains about half of it.
 DRIFT = DISTANCE**2 / 2
 WIDTHS = (0.8, 1.25)  # sd of the guide over that at the optimum
+_TOO_WIDE = 10.0
 MAX_RHAT, MIN_ESS, MAX_DIVERGING = 1.05, 400.0, 0.01
 GOOD_K = 0.7
 
@@ -76,18 +78,19 @@ def guide_location(score: np.ndarray) -> Result:
 def guide_width(ratio: np.ndarray) -> Result:
     """Is the guide as wide as the posterior around it? Its sd over that of the optimum, root mean square over unknowns.
 
-    Null: the median ratio lies within the squares of `WIDTHS`; a sign test over draws, since of a guide that is too wide
-    some draws lie where the density of the program falls off exponentially.
+    Null: the mean ratio lies within the squares of `WIDTHS`; t test over draws. Of a guide that is too wide some draws lie where
+    the density of the program falls off exponentially: ratios count as `_TOO_WIDE` at most.
 
     Args:
         ratio: (S,) per draw of the guide, minus the mean over unknowns of (white noise x gradient with respect to it):
             its expectation is the mean square of the guide's sd over the optimal one.
     """
-    middle = float(np.nanmedian(np.where(np.isnan(ratio), np.inf, ratio)))
+    ratio = np.clip(np.nan_to_num(ratio, nan=np.inf), 0.0, _TOO_WIDE)
     low, high = (bound**2 for bound in WIDTHS)
-    beyond = (~(ratio <= high)).sum() if middle > 1 else (ratio < low).sum()
-    p = binom.sf(beyond - 1, len(ratio), 0.5)
-    return judged(np.sqrt(max(middle, 0.0)), p)
+    mean, error = ratio.mean(), max(ratio.std(ddof=1) / np.sqrt(len(ratio)), 1e-12)
+    tail = student_t.sf if mean > 1 else student_t.cdf
+    p = tail((mean - (high if mean > 1 else low)) / error, len(ratio) - 1)
+    return judged(np.sqrt(mean), p)
 
 
 def importance_tail(log_ratio: np.ndarray, num_unknowns: int) -> Result:

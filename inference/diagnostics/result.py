@@ -31,8 +31,8 @@ class Result:
 
 
 def verdict_of(p: float) -> Verdict:
-    """Alarm below 1 %, watch below 5 %; a p-value that is not a number is an alarm."""
-    return "ok" if p >= WATCH else "watch" if p >= ALARM else "alarm"
+    """Alarm up to 1 %, watch up to 5 %; a p-value that is not a number is an alarm."""
+    return "ok" if p > WATCH else "watch" if p > ALARM else "alarm"
 
 
 def judged(statistic: float, p: float, culprit: str = "", details: dict[str, float] | None = None) -> Result:
