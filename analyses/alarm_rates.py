@@ -65,9 +65,7 @@ def guide(rng: np.random.Generator) -> dict[str, Result]:
     shift *= convergence.DISTANCE / np.sqrt((shift**2).mean())
     noise = rng.standard_normal((64, 200))
     square = (noise**2).mean(1)
-    width = (
-        convergence.WIDTHS[1] ** 2 * square / (1 - 2 / (9 * 200)) ** 3
-    )  # median of chi squared over its mean
+    width = convergence.WIDTHS[1] ** 2 * square
     return {
         "guide_location": convergence.guide_location(-shift - noise),
         "guide_width": convergence.guide_width(width),

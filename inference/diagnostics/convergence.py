@@ -104,5 +104,5 @@ def importance_tail(log_ratio: np.ndarray, num_unknowns: int) -> Result:
     elif np.ptp(log_ratio) < 1e-9:
         k = 0.0  # the guide is the posterior, and there is no tail
     else:
-        k = float(array_stats.psislw(log_ratio - log_ratio.max())[1])
+        k = float(array_stats.psislw(-log_ratio)[1])  # takes log likelihoods: weights are their inverses
     return Result(k, None, "watch" if not k <= GOOD_K else "ok", details={"unknowns": float(num_unknowns)})

@@ -50,8 +50,9 @@ def own_baseline_slope(table: np.ndarray, control: np.ndarray) -> np.ndarray:
     """Slope of responses on the control of their batch, both around their means over batches: (...)."""
     perturbed = np.flatnonzero(control != np.arange(len(control)))
     base = table[..., control[perturbed], :]
-    response = _centred(table[..., perturbed, :] - base)
-    base = np.where(response != 0, _centred(np.where(np.isfinite(response), base, np.nan)), 0.0)
+    response = table[..., perturbed, :] - base
+    base = _centred(np.where(np.isfinite(response), base, np.nan))
+    response = _centred(response)
     return (response * base).sum((-3, -2, -1)) / np.maximum((base**2).sum((-3, -2, -1)), 1e-300)
 
 
