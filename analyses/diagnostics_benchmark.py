@@ -34,9 +34,9 @@ other alarms show where else it is seen.
 {faults}
 
 {missed}Data all on the wrong scale are refused before any fit: whole numbers declared `log1p`, and fractions declared
-`counts`, end with an error that names the cure. Draws could be made exact, and answers hang on assumptions, in no fit of this
-world, the honest one included: both checks say "watch" of any screen with few batches and variational inference, and
-never more; they have no column here.
+`counts`, end with an error that names the cure. `importance` and `sensitivity` say "watch" of the
+honest world already, as of most screens with few batches and variational inference, and never more: they are left out of the
+table.
 
 ## Alarms where nothing is wrong
 
