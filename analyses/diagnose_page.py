@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -107,12 +108,15 @@ def _figures(diagnosis: Diagnosis) -> list[dict[str, Any]]:
     def add(name: str, figure: Any, alt: str, caption: str) -> None:
         figures.append({"svg": inline_svg(figure, alt, name), "caption": caption})
 
-    if found["response"].details:
+    strengths = [value for value in found["response"].details.values() if math.isfinite(value)]
+    if strengths:
+        middle = median(strengths)
         add(
             "response",
-            plots.by_batch(found["response"], 1.0, "strength of the response, relative to other batches"),
-            f"Strength of the response of {len(found['response'].details)} batches; 1 is like the others.",
-            "How strongly each batch responds, measured on the mean response of the others. Orange: stands out.",
+            plots.by_batch(found["response"], middle, "strength of the response, relative to other batches"),
+            f"Strength of the response of {len(strengths)} batches; half of them lie below {middle:.2f}.",
+            "How strongly each batch responds, measured on the mean response of the others, whose own noise draws the numbers a "
+            "little below 1. The line is the median; orange stands out.",
         )
     if "elbo" in diagnosis.tree["sample_stats"]:
         elbo = diagnosis.tree["sample_stats"]["elbo"].values[0]
