@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hilbertcell.analyses import cli_perturbdiff
+from hilbertcell.analyses import cli_diagnose, cli_perturbdiff
 from hilbertcell.analyses.cli_options import Cells, Draws, Force, Holdout, ModelName, PresetName, Seed
 from hilbertcell.analyses.cli_options import file as _file
 from hilbertcell.analyses.cli_options import flag as _flag
@@ -25,10 +25,12 @@ from hilbertcell.analyses.cli_support import (
     command,
     existing,
     notices,
+    read_cells,
     read_file,
     read_targets,
     results,
     whole_output,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -251,9 +253,9 @@ def evaluate(
 
     drawn = read_draws(draws)
     keys = Keys.from_dict(json.loads(drawn.attrs["keys"]))
-    sampled = None if cells is None else _read_cells(existing(cells))
+    sampled = None if cells is None else read_cells(existing(cells))
     scores = score(drawn, read_file(truth, **vars(keys), require=("perturbed",)), sampled)
-    _write_json(scores, out)
+    write_json(scores, out)
     print_scores(scores, results)
 
 
@@ -287,7 +289,7 @@ def benchmark(
     from hilbertcell.analyses.scores_table import print_scores
 
     scores = run_benchmark(keys.read(file), split.value, seed=seed, progress=True)
-    _write_json(scores, out)
+    write_json(scores, out)
     print_scores(scores, results)
 
 
@@ -372,25 +374,7 @@ def _check_cells(cells: Path | None, options: dict[str, int | None]) -> None:
         raise UsageProblem("--draw-index and --draws exclude each other: one drawn population, or several")
 
 
-def _read_cells(path: Path) -> "anndata.AnnData":
-    import anndata
-
-    try:
-        return anndata.read_h5ad(path)
-    # What the reader raises depends on what is broken inside.
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageProblem(
-            f"{path}: cannot be read as h5ad ({reason}); give cells that `predict` wrote"
-        ) from None
-
-
-def _write_json(scores: dict, out: Path) -> None:
-    with whole_output(out) as path:
-        path.write_text(json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    notices.print(f"scores written to {out}", highlight=False, markup=False)
-
-
+cli_diagnose.register(app)
 cli_perturbdiff.register(app)
 
 

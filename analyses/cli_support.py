@@ -1,6 +1,7 @@
 """What every command shares: the options that name the columns, one door for errors, outputs that appear whole."""
 
 import inspect
+import json
 import shlex
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    import anndata
     import pandas as pd
 
     from hilbertcell.data.populations import Populations
@@ -295,3 +297,24 @@ def read_targets(path: Path) -> "pd.DataFrame":
             f"{path}: is not a table of targets ({error}); write CSV, doses as numbers or empty"
         ) from None
     return table
+
+
+def read_cells(path: Path) -> "anndata.AnnData":
+    """Cells that `predict` wrote."""
+    import anndata
+
+    try:
+        return anndata.read_h5ad(path)
+    # What the reader raises depends on what is broken inside.
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageProblem(
+            f"{path}: cannot be read as h5ad ({reason}); give cells that `predict` wrote"
+        ) from None
+
+
+def write_json(scores: dict, out: Path) -> None:
+    """Write scores whole, and say where."""
+    with whole_output(out) as path:
+        path.write_text(json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    notices.print(f"scores written to {out}", highlight=False, markup=False)

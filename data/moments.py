@@ -63,6 +63,12 @@ class Moments:
         arrays = (self.n, self.mean, self.variance, self.factor_covariance, self.log_library)
         return Moments(self.labels[mask].copy(), *(array[mask] for array in arrays))
 
+    def join(self, other: "Moments") -> "Moments":
+        """These populations, then those of `other`; of the same features and scores."""
+        names = ("n", "mean", "variance", "factor_covariance", "log_library")
+        arrays = (np.concatenate([getattr(self, name), getattr(other, name)]) for name in names)
+        return Moments(pd.concat([self.labels, other.labels]), *arrays)
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Arrays only, for safetensors; the labels as the bytes of a JSON text."""
         return {
