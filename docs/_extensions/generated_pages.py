@@ -26,7 +26,11 @@ def command_page() -> str:
         for parameter in command.params:
             if parameter.name in ("debug", "help"):
                 continue
-            shown = f"`{parameter.opts[0]}`" if parameter.param_type_name == "option" else f"`{parameter.metavar}`"
+            shown = (
+                f"`{parameter.opts[0]}`"
+                if parameter.param_type_name == "option"
+                else f"`{parameter.metavar}`"
+            )
             value = parameter.metavar if parameter.param_type_name == "option" and parameter.metavar else ""
             choices = getattr(parameter.type, "choices", None)
             value = ", ".join(f"`{getattr(one, 'value', one)}`" for one in choices) if choices else value
@@ -38,7 +42,12 @@ def command_page() -> str:
 
 def settings_page() -> str:
     """Every setting of both models with its default."""
-    lines = ["# Settings", "", "A TOML file for `fit --settings FILE.toml`; what is not in it keeps its default.", ""]
+    lines = [
+        "# Settings",
+        "",
+        "A TOML file for `fit --settings FILE.toml`; what is not in it keeps its default.",
+        "",
+    ]
     for title, model in (("The hidden-factor program", Settings), ("PerturbDiff", PerturbDiffSettings)):
         lines += [f"## {title}", "", f"`{model.__module__}.{model.__name__}`", "", *_settings(model), ""]
     return "\n".join(lines)

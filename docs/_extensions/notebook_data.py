@@ -28,7 +28,9 @@ def without_data(app: Sphinx, docname: str, source: list[str]) -> None:
             f"{docname}: no {found[1]} in {os.environ['HILBERTCELL_DATA']} (required by HILBERTCELL_REQUIRE)"
         )
     text = source[0].replace(f"needs_data: {found[1]}", 'mystnb:\n  execution_mode: "off"')
-    source[0] = re.sub(r"^(# .*\n)", lambda title: title[1] + NOTE.format(name=found[1]), text, count=1, flags=re.MULTILINE)
+    source[0] = re.sub(
+        r"^(# .*\n)", lambda title: title[1] + NOTE.format(name=found[1]), text, count=1, flags=re.MULTILINE
+    )
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
