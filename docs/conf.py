@@ -62,4 +62,5 @@ html_show_sourcelink = False
 
 # The kernel's own words on how it is started; with encryption there is nothing left to warn of.
 KernelManager.transport_encryption.default_value = "auto"
-logging.getLogger("traitlets").setLevel(logging.WARNING)
+for name in ("arviz", "traitlets"):  # they tell of every import and every notebook
+    logging.getLogger(name).setLevel(logging.WARNING)

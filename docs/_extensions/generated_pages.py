@@ -1,5 +1,6 @@
 """Reference pages that are written from the code: the command line from typer, the settings from pydantic."""
 
+from enum import Enum
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -26,14 +27,13 @@ def command_page() -> str:
         for parameter in command.params:
             if parameter.name in ("debug", "help"):
                 continue
-            shown = (
-                f"`{parameter.opts[0]}`"
-                if parameter.param_type_name == "option"
-                else f"`{parameter.metavar}`"
-            )
-            value = parameter.metavar if parameter.param_type_name == "option" and parameter.metavar else ""
-            choices = getattr(parameter.type, "choices", None)
-            value = ", ".join(f"`{getattr(one, 'value', one)}`" for one in choices) if choices else value
+            option = parameter.opts[0].startswith("--")
+            shown = f"`{parameter.opts[0]}`" if option else f"`{parameter.metavar}`"
+            kind = parameter.type_descriptor.annotation
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                value = ", ".join(f"`{one.value}`" for one in kind)
+            else:
+                value = parameter.metavar if option and parameter.metavar else ""
             default = "required" if parameter.required else ""
             rows.append((shown, _cell(value), _cell(parameter.help or ""), default))
         lines += [f"## {name}", "", _cell(command.help or ""), "", *_table(("", "value", "", ""), rows), ""]

@@ -1,7 +1,7 @@
 """The how-tos and the README do what they say: every block is run, in order, in a folder with the files they speak of.
 
-Fits take thirty steps here; nothing else differs from what a reader gets. Blocks marked `:class: not-run` (minutes of NUTS,
-published files) are only checked for commands and options that exist (`tests/analyses/test_cli.py`).
+Fits take thirty steps here; nothing else differs from what a reader gets. Blocks marked `:class: not-run` (minutes of NUTS
+or of a benchmark, published files) are only checked for commands and options that exist (`tests/analyses/test_cli.py`).
 """
 
 import os
@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import hilbertcell.inference.fit as fit_module
+from hilbertcell.analyses.benchmark_config import BenchmarkConfig
 from hilbertcell.analyses.cli import app
 from tests.docs.pages import ROOT, Block, blocks, commands
 
@@ -30,7 +31,7 @@ def run(page_blocks: list[Block], folder: Path) -> None:
                 done = CliRunner().invoke(app, words, catch_exceptions=False)
                 assert done.exit_code == 0, f"hilbertcell {' '.join(words)}\n{done.output}"
         elif block.runs and block.language == "python":
-            exec(compile(block.text, "page", "exec"), names)
+            exec(compile(block.text, "page", "exec"), names)  # noqa: S102 - to run it is the point
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_the_readme_runs(folder):
 def test_the_example_of_the_diffusion_runs(tmp_path):
     (example,) = [b for b in blocks(ROOT / "docs/models/hilbert_diffusion.md") if b.language == "python"]
     names: dict[str, object] = {}
-    exec(compile(example.text, "page", "exec"), names)
+    exec(compile(example.text, "page", "exec"), names)  # noqa: S102 - see above
     assert names["populations"].shape == (100, 5, 2)
     assert names["densities"].shape == (100, 5)
 
@@ -73,6 +74,14 @@ def test_a_line_that_is_no_command_is_not_passed_over():
         commands("make demo\n")
 
 
+def test_the_grid_is_a_configuration(tmp_path, monkeypatch):
+    """Running it takes minutes; `make bench-quick` runs such a grid."""
+    monkeypatch.chdir(tmp_path)
+    (grid,) = [b for b in blocks(ROOT / "docs/howto/benchmark_grid.md") if b.caption == "grid.toml"]
+    (tmp_path / "grid.toml").write_text(grid.text)
+    assert BenchmarkConfig.from_toml("grid.toml").data_set[0].file == Path("screen.h5ad")
+
+
 def test_every_howto_shows_something():
     for page in HOWTOS:
         assert blocks(page), page.name
@@ -81,5 +90,5 @@ def test_every_howto_shows_something():
 
 def test_a_failing_command_is_seen(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AssertionError, match="absent.h5ad"):
+    with pytest.raises(AssertionError, match=r"absent\.h5ad"):
         run([Block("sh", "hilbertcell inspect absent.h5ad", None, True)], Path(os.curdir))
