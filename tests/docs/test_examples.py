@@ -79,6 +79,7 @@ def test_the_grid_is_a_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (grid,) = [b for b in blocks(ROOT / "docs/howto/benchmark_grid.md") if b.caption == "grid.toml"]
     (tmp_path / "grid.toml").write_text(grid.text)
+    (tmp_path / "screen.h5ad").touch()
     assert BenchmarkConfig.from_toml("grid.toml").data_set[0].file == Path("screen.h5ad")
 
 
