@@ -20,6 +20,8 @@ os.environ["HILBERTCELL_DATA"] = str(
     Path(os.environ.get("HILBERTCELL_DATA", ROOT / "../shared/data")).resolve()
 )
 
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm: there are no progress bars on these pages
+
 project = "hilbertcell"
 release = importlib.metadata.version("hilbertcell")
 copyright = "The hilbertcell contributors"
