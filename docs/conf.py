@@ -1,6 +1,6 @@
 """How Sphinx turns docs/ into a site (`make docs`): warnings are errors, notebooks are executed, nothing is fetched.
 
-Notebooks are MyST Markdown in `analyses/notebooks`, seen here as `tutorials`: prose is what most of their lines are, a
+Notebooks are MyST Markdown in `analyses/notebooks`, copied here as `tutorials`: prose is what most of their lines are, a
 difference between two versions reads as text, outputs cannot be stored in them, and they are not Python modules that
 layout, types and coverage would have to except.
 """
@@ -8,6 +8,7 @@ layout, types and coverage would have to except.
 import importlib.metadata
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,14 @@ os.environ["HILBERTCELL_DATA"] = str(
     Path(os.environ.get("HILBERTCELL_DATA", ROOT / "../shared/data")).resolve()
 )
 
-os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm: there are no progress bars on these pages
+os.environ["PYTHONWARNINGS"] = (
+    "ignore:IProgress not found"  # of tqdm: there are no progress bars on these pages
+)
+
+# Copies, because links between pages are resolved to where a file really is.
+TUTORIALS = Path(__file__).parent / "tutorials"
+shutil.rmtree(TUTORIALS, ignore_errors=True)
+shutil.copytree(ROOT / "analyses/notebooks", TUTORIALS)
 
 project = "hilbertcell"
 release = importlib.metadata.version("hilbertcell")
@@ -33,9 +41,11 @@ extensions = [
     "generated_pages",
     "mathml",
     "notebook_data",
+    "plain_docstrings",
 ]
 exclude_patterns = ["_build", "_parts", "_extensions", "_templates"]
 nitpicky = True
+suppress_warnings = ["myst-nb.lexer", "ref.python"]  # cells that were not executed; attributes of one name
 nitpick_ignore_regex = [("py:.*", ".*")]  # types of other projects: their inventories lie in the network
 
 myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "dollarmath"]
@@ -50,6 +60,9 @@ default_role = "literal"  # docstrings quote code with single backticks
 autodoc_typehints = "none"  # the signature has them
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_default_options = {
+    "exclude-members": "mannwhitneyu"
+}  # SciPy's, which says that it is of the importing module
 autosummary_generate = True
 napoleon_use_ivar = True  # attributes of dataclasses are described once, in the table of their class
 templates_path = ["_templates"]

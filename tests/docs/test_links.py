@@ -11,9 +11,11 @@ import pytest
 
 from tests.docs.pages import ROOT
 
+NOTEBOOKS = ROOT / "analyses/notebooks"
+TUTORIALS = ROOT / "docs/tutorials"  # where `make docs` copies the notebooks, and what links mean
 PAGES = [
     *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/howto").glob("*.md"),
-    *(ROOT / "docs/models").glob("*.md"), *(ROOT / "docs/reference").glob("*.md"), *(ROOT / "docs/tutorials").glob("*.md"),
+    *(ROOT / "docs/models").glob("*.md"), *(ROOT / "docs/reference").glob("*.md"), *NOTEBOOKS.glob("*.md"),
 ]  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -35,8 +37,10 @@ def broken(page, text: str) -> list[str]:
         ):  # the web; written when the site is built, and checked there
             continue
         path, _, anchor = link.partition("#")
-        # Pages see the notebooks under docs/tutorials, which is a link to another folder.
-        target = Path(os.path.normpath(page.parent / path)) if path else page
+        folder = TUTORIALS if page.parent == NOTEBOOKS else page.parent
+        target = Path(os.path.normpath(folder / path)) if path else page
+        if target.parent == TUTORIALS:
+            target = NOTEBOOKS / target.name
         if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
             found.append(link)
     return found
