@@ -55,8 +55,8 @@ types: $(core) ## static types
 	$(bin)/python scripts/link_types.py
 	$(bin)/mypy -p hilbertcell | sed "s,^.types/hilbertcell/,,"
 
-docs: $(with_docs) ## the pages of docs/ as a site in docs/_build/html
-	$(bin)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+docs: $(with_docs) ## the site in docs/_build/html, its notebooks executed (minutes)
+	$(bin)/sphinx-build -q -E -W --keep-going -j 2 -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 bench: $(core) ## all figures of docs/benchmarks.md (about an hour; needs the real data)

@@ -3,7 +3,7 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -32,9 +32,6 @@ from hilbertcell.analyses.cli_support import (
     whole_output,
     write_json,
 )
-
-if TYPE_CHECKING:
-    import anndata
 
 app = typer.Typer(
     help="Probabilistic programs for how cell populations respond to perturbations.",

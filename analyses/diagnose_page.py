@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hilbertcell.analyses import diagnose_plots as plots
 from hilbertcell.analyses.diagnose import Diagnosis, Finding, summary_line
-from hilbertcell.analyses.report import inline_svg
+from hilbertcell.analyses.page_parts import inline_svg
 from hilbertcell.inference.diagnostics.held_out import LEVEL
 
 SIGNS = {"alarm": ("✗", "bold red"), "watch": ("!", "yellow"), "ok": ("✓", "green")}

@@ -65,7 +65,9 @@ def posterior_draws(fit: "Fit", table: Table, num_draws: int, seed: int) -> Post
             replicates[block, fit.table.rows[slots]] += latent[:, slots, :num_genes]
             parts.append(
                 {
-                    "microenvironment": np.asarray(draw_batches(keys[2, block], globals_, layout, *no_responses)[0]),
+                    "microenvironment": np.asarray(
+                        draw_batches(keys[2, block], globals_, layout, *no_responses)[0]
+                    ),
                     "log_likelihood": np.asarray(batch_log_density(globals_, layout)),
                     "log_prior": np.asarray(log_prior(sites)),
                     **_scalars(globals_, num_genes),
