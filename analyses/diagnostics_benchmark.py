@@ -15,11 +15,7 @@ from hilbertcell.inference.diagnostics.result import Verdict
 
 COMMAND = "python -m hilbertcell.analyses.diagnostics_benchmark"
 _SHORT: dict[Verdict, str] = {"alarm": "**alarm**", "watch": "watch", "ok": ""}
-_PAGE = """---
-orphan: true
----
-
-# Do the checks work?
+_PAGE = """# Do the checks work?
 
 [`hilbertcell diagnose`](howto/diagnose.md) examines a fit. This page examines `hilbertcell diagnose`: a check has to
 speak when something is wrong, and to be silent when nothing is. All of it comes from `{command}`.

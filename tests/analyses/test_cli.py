@@ -46,13 +46,14 @@ OPTIONS = {
     },
     "finetune": KEY_OPTIONS | {"--out", "--holdout", "--settings", "--reset-modulation", "--seed", "--force"},
     "generate": {"--out", "--targets", "--cells-per-population", "--sampler", "--sample-steps", "--guidance"}
-    | {"--seed", "--force"},
+    | {"--start-time", "--seed", "--force"},
     "convert": {"--out", "--preset", "--genes", "--force"},
     "predict": {"--out", "--targets", "--num-samples", "--seed", "--observe", "--new-batch", "--cells"}
     | {"--cells-per-population", "--draw-index", "--draws", "--force"},
     "evaluate": {"--cells", "--out", "--force"},
     "benchmark": KEY_OPTIONS | {"--split", "--config", "--out", "--seed", "--force"},
     "report": {"--scores", "--out", "--force"},
+    "diagnose": {"--draws", "--truth", "--cross-validate", "--calibrate", "--out", "--seed", "--force"},
     "simulate": {"--out", "--seed", "--force"},
     "demo": KEY_OPTIONS | {"--out", "--force"},
 }

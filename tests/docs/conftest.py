@@ -36,6 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     old = donors.isin(["donor-1", "donor-2", "donor-3"])
     cells[old].write_h5ad(folder / "screen.h5ad")
     cells[~old & controls].write_h5ad(folder / "new_donors.h5ad")
+    cells[~old].write_h5ad(folder / "held_out.h5ad")
     few = controls | ((cells.obs["drug"] == "A") & (cells.obs["cell_type"] == "lymphoid"))
     cells[(donors == "donor-4") & few].write_h5ad(folder / "new_donor_few.h5ad")
     simulated(3, doses=(1.0, 10.0)).write_h5ad(folder / "doses.h5ad")

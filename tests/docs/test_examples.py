@@ -17,6 +17,8 @@ from hilbertcell.analyses.cli import app
 from tests.docs.pages import ROOT, Block, blocks, commands
 
 HOWTOS = sorted((ROOT / "docs/howto").glob("*.md"))
+# Run by tests/inference/pyro/test_howto.py, which needs torch; lines to be written into the source.
+ELSEWHERE = {"torch", "add_a_site"}
 README = ROOT / "README.md"
 
 
@@ -44,7 +46,7 @@ def folder(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", HOWTOS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [p for p in HOWTOS if p.stem not in ELSEWHERE], ids=lambda page: page.stem)
 def test_a_howto_runs(page, folder):
     run(blocks(page), folder)
 
@@ -85,8 +87,8 @@ def test_the_grid_is_a_configuration(tmp_path, monkeypatch):
 
 def test_every_howto_shows_something():
     for page in HOWTOS:
-        assert blocks(page), page.name
-        assert len(page.read_text().splitlines()) < 80, page.name
+        assert blocks(page) or page.stem in ELSEWHERE, page.name
+        assert len(page.read_text().splitlines()) <= 100, page.name
 
 
 def test_a_failing_command_is_seen(tmp_path, monkeypatch):
