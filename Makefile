@@ -10,7 +10,7 @@ with_docs := .venv/.hilbertcell-docs
 with_torch := .venv/.hilbertcell-torch
 with_browser := .venv/.hilbertcell-browser
 
-.PHONY: help venv torch browser demo test test-slow lint types docs bench bench-quick bench-neural bench-streaming bench-twin constraints
+.PHONY: help venv torch browser demo test test-slow lint types docs bench bench-quick bench-neural bench-laws bench-streaming bench-twin constraints
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -67,6 +67,10 @@ bench-quick: $(core) ## two screens, few models and steps: every path of the ben
 
 bench-neural: $(core) ## PerturbDiff beside the baselines (about an hour; needs the real data)
 	$(bin)/hilbertcell benchmark --config analyses/benchmarks/neural.toml --out .benchmark/neural
+
+bench-laws: $(core) ## the Gaussian and the diffusion law on three screens and one simulated world (minutes; needs the real data)
+	$(bin)/hilbertcell benchmark --config analyses/benchmarks/laws.toml --out .benchmark/laws
+	$(bin)/python -m hilbertcell.analyses.simulated_benchmark --only unseen_batch --seeds 1 --diffusion --out .benchmark/laws
 
 bench-streaming: $(core) ## streaming a million simulated cells against merely reading them (ten minutes, 2 GB of disk)
 	$(bin)/python -m hilbertcell.analyses.streaming_benchmark

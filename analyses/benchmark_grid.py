@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,26 @@ from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.populations import Populations
 from hilbertcell.data.splits import Split, SplitError, labels_hash
 from hilbertcell.data.workers import in_order
+from hilbertcell.inference.settings import Settings
 
 CELLS = "cells"  # the folder of the stored cells
-# Rows that are made only where a configuration names them: what takes hours. From configuration and seed to a fitter.
+# hilbertcell with another response law than its default: the setting `law` by the name of the row.
+LAWS = {f"{MODEL}, {law}": law for law in ("diffusion", "auto")}
+
+
+def settings_of(model: str, config: BenchmarkConfig) -> Settings:
+    """Settings of the fits of one row of hilbertcell."""
+    return config.settings.model_copy(update={"law": LAWS[model]} if model in LAWS else {})
+
+
+def _own(model: str, config: BenchmarkConfig, seed: int) -> Fitter:
+    return hilbertcell_fitter(config.num_samples, seed, settings_of(model, config))
+
+
+# Rows that are made only where a configuration names them: what takes long. From configuration and seed to a fitter.
 NAMED_ONLY: dict[str, Callable[[BenchmarkConfig, int], Fitter]] = {
     PERTURBDIFF: lambda config, seed: perturbdiff_fitter(config.num_samples, seed)
-}
+} | {model: partial(_own, model) for model in LAWS}
 
 
 @dataclass(frozen=True)
@@ -132,8 +147,9 @@ def run_data_set(work: tuple[BenchmarkConfig, DataSet, Path]) -> Outcome:
         place = {"data_set": data_set.name, "split": name, "seed": seed, "fold": fold}
         missing = {}
         for model in model_names(config):
-            settings = config.settings.model_dump(mode="json") if model == MODEL else None
-            settings = perturbdiff_key() if model == PERTURBDIFF else settings
+            settings = perturbdiff_key() if model == PERTURBDIFF else None
+            if model == MODEL or model in LAWS:
+                settings = settings_of(model, config).model_dump(mode="json")
             hidden = {"held_out": split.held_out, "given": split.given}
             key = fixed | hidden | {"split": name, "seed": seed, "model": model, "settings": settings}
             path = cell_path(folder, key)
@@ -224,11 +240,7 @@ def _record(
 
 def _fitters(config: BenchmarkConfig, seed: int) -> Mapping[str, Fitter]:
     named = {name: make(config, seed) for name, make in NAMED_ONLY.items() if name in model_names(config)}
-    return (
-        baseline_fitters(config.num_samples)
-        | {MODEL: hilbertcell_fitter(config.num_samples, seed, config.settings)}
-        | named
-    )
+    return baseline_fitters(config.num_samples) | {MODEL: _own(MODEL, config, seed)} | named
 
 
 def _every_fold(

@@ -46,7 +46,9 @@ TEST_SHARE = 0.25  # of the batches, of the (context, perturbation) pairs; of th
 NUM_DRAWS = 500
 ORACLE = "oracle"
 UNINFORMATIVE = f"{MODEL}, uninformative features"
+DIFFUSION = f"{MODEL}, diffusion"
 COVER = (0.87, 0.93)  # what 90 % intervals may cover
+_COVER = f"{COVER[0]:.2f} to {COVER[1]:.2f}"
 PARTS = ("unseen_batch", "unseen_pair", "unseen_perturbation", "structure")
 # A world of the same kind in which batches differ by nothing but sampling noise.
 UNSTRUCTURED = replace(
@@ -213,10 +215,18 @@ def demands(question: str, summary: Mapping[str, Any]) -> pd.DataFrame:
         rows["gap between null and oracle closed"] = (">= 0.60", closed, closed >= 0.6)
         shuffled = ratio[SHUFFLED.format(MODEL)]
         rows["excess error x null, batch labels shuffled"] = (">= 1.00", shuffled, shuffled >= 1.0)
+    if DIFFUSION in models:
+        score = {name: model["mean"]["energy"] for name, model in models.items()}
+        closed = (score[MODEL] - score[DIFFUSION]) / (score[MODEL] - score[ORACLE])
+        rows["energy score: gap between the Gaussian law and the oracle closed by the diffusion"] = (
+            ">= 0.60", closed, closed >= 0.6,
+        )  # fmt: skip
+        found = models[DIFFUSION]["mean"]["covered_90"]
+        rows["cover of 90 %, diffusion"] = (_COVER, found, COVER[0] <= found <= COVER[1])
     if question == "unseen_perturbation":
         without = ratio[UNINFORMATIVE]
         rows["excess error x null, uninformative features"] = ("<= 1.00", without, without <= 1.0)
-    rows["cover of 90 %"] = (f"{COVER[0]:.2f} to {COVER[1]:.2f}", cover, COVER[0] <= cover <= COVER[1])
+    rows["cover of 90 %"] = (_COVER, cover, COVER[0] <= cover <= COVER[1])
     return pd.DataFrame(
         {
             name: {"must be": wanted, "is": f"{found:.3f}", "holds": "yes" if holds else "no"}
@@ -230,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="hilbertcell.analyses.simulated_benchmark", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="worlds per question")
     parser.add_argument("--only", choices=PARTS, help="one of the questions")
+    parser.add_argument("--diffusion", action="store_true", help="a row of the diffusion as well")
     parser.add_argument("--out", type=Path, default=Path("docs/_parts"), help="folder of the parts")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -237,7 +248,10 @@ def main() -> None:
     baselines = {
         name: fitter for name, fitter in baseline_fitters(NUM_DRAWS).items() if name != "training cells"
     }
-    fitters = baselines | {MODEL: hilbertcell_fitter(NUM_DRAWS, cells=False)}
+    own = {MODEL: hilbertcell_fitter(NUM_DRAWS, cells=False)}
+    if options.diffusion:
+        own[DIFFUSION] = hilbertcell_fitter(NUM_DRAWS, settings=Settings(law="diffusion"), cells=False)
+    fitters = baselines | own
     for question in (options.only,) if options.only else PARTS:
         if question == "structure":
             text = markdown(structure_table(options.seeds)).replace("| model |", "| world |", 1)

@@ -16,7 +16,7 @@ from hilbertcell.data.populations import Keys, Populations, natural_scale
 from hilbertcell.data.validation import DataError, listing
 from hilbertcell.inference.gene_draws import gene_draws
 from hilbertcell.models.continuous_transport import transport_continuous, transport_nonnegative
-from hilbertcell.models.count_transport import transport_counts
+from hilbertcell.models.count_transport import HIGHEST_MEAN, transport_counts
 from hilbertcell.models.expression_state import ExpressionState, fit_expression_state
 
 PREDICTIVE_MEAN = -1  # obs["draw"] of the cells of the predictive-mean population
@@ -138,8 +138,10 @@ class _Source:
         if self.library is not None and self.state is not None:
             sparse = sp.issparse(values)
             ratio = float(np.exp(library_log_ratio))
+            # A law is Gaussian beyond what counts can be, above as below; what is lost shows in the error.
+            possible = np.minimum(mean, HIGHEST_MEAN)
             values, library = transport_counts(
-                sp.csr_array(values), self.library[rows], mean, ratio, rng, self.state.select(rows)
+                sp.csr_array(values), self.library[rows], possible, ratio, rng, self.state.select(rows)
             )
             values = values if sparse else values.toarray()
         elif self.scale == "log1p":

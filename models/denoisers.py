@@ -160,6 +160,7 @@ def init_network(
 class ResidualDenoiser(eqx.Module):
     """Equation (1) with a network for F; the program's own denoiser below `sigma_min`.
 
+    A network for fewer coordinates than v has is one for the leading ones; in the others F is zero.
     Below `sigma_min = 1 / sqrt(n_max)` no population says anything, there F counts as zero. Between `sigma_min` and
     twice that it is faded in by a cubic in log sigma: a jump would cost solvers their order of convergence.
     """
@@ -175,11 +176,10 @@ class ResidualDenoiser(eqx.Module):
         floor = jnp.finfo(jnp.float32).tiny
         width = root(condition.values.mean())
         relative = jnp.log(jnp.maximum(sigma, floor)) - jnp.log(jnp.maximum(width, floor))
-        low = [
-            x.astype(self.network.exit.weight.dtype)
-            for x in (condition.vectors @ whiten(v, sigma, condition), relative, condition.features)
-        ]
-        f = self.network(*low).astype(v.dtype)
+        seen, dtype = self.network.entry.weight.shape[1], self.network.exit.weight.dtype
+        whitened = (condition.vectors @ whiten(v, sigma, condition))[:seen]
+        f = self.network(*(x.astype(dtype) for x in (whitened, relative, condition.features)))
+        f = jnp.pad(f.astype(v.dtype), (0, len(v) - seen))
         gain = self.gate(sigma) * posterior_sd(condition.values, sigma)
         return gaussian_denoiser(v, sigma, condition) + condition.vectors @ (gain * (condition.vectors.T @ f))
 

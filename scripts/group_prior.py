@@ -40,6 +40,7 @@ SEEDS = 3
 RECIPE = Recipe(num_steps=2_000)
 LOOK = 100  # steps between two looks at populations that stop the training
 COORDINATES, GAP, MINORITY = 16, 1.2, 0.05
+LEADING = 8  # coordinates that the network sees, as in `diffusion_law`
 SHARES = (0.5, 0.9)  # of the upper mode, in the majority and in the minority
 TRAINING, LABELLED, STOPPING, SCORED, DRAWS = 2_000, 40, 400, 60, 200
 
@@ -191,7 +192,7 @@ def made_world(seed: int) -> None:
     scored, latent = material(rng, np.repeat([0, 1], SCORED))
     conditions = jax.vmap(lambda j: scored.conditions.at(jnp.asarray(0), j))(jnp.arange(2 * SCORED))
     data, groups = joined(data, labelled), Groups(labelled, jnp.asarray(label), 2)
-    network = init_network(key, COORDINATES, 8, width=64, depth=2)
+    network = init_network(key, LEADING, 8, width=64, depth=2)
     start = ResidualDenoiser(network, jnp.min(data.points.level))
 
     def score(draws: np.ndarray) -> np.ndarray:
@@ -231,7 +232,11 @@ def real_donors() -> None:
         group = np.unique(np.asarray(labelled.conditions.context), return_inverse=True)[1]
         groups = Groups(labelled, jnp.asarray(group), int(group.max()) + 1)
         network = init_network(
-            jax.random.key(0), seen.points.observed.shape[1], len(description.center), width=64, depth=2
+            jax.random.key(0),
+            min(LEADING, seen.points.observed.shape[1]),
+            len(description.center),
+            width=64,
+            depth=2,
         )
         start = ResidualDenoiser(network, jnp.min(seen.points.level))
         for factor in FACTORS:

@@ -151,6 +151,7 @@ class ResidualNetwork(nn.Module):
 class ResidualDenoiser(nn.Module):
     """`D = G + (S sigma^2 / (S + sigma^2))^(1/2) F` with a network for F; the program's own denoiser below `sigma_min`.
 
+    A network for fewer coordinates than v has is one for the leading ones; in the others F is zero.
     Names of the `state_dict` are the paths of the JAX tree, which are those of a fit's file after `diffusion.denoiser.`;
     `hilbertcell.inference.pyro.checkpoints.load_denoiser` reads one.
     """
@@ -185,9 +186,10 @@ class ResidualDenoiser(nn.Module):
         floor = torch.finfo(torch.float32).tiny
         width = root(condition.values.mean(-1))
         relative = torch.log(sigma.clamp(min=floor)) - torch.log(width.clamp(min=floor))
-        whitened = times(condition.vectors, whiten(v, sigma, condition))
-        dtype = self.network.exit.weight.dtype
+        seen, dtype = self.network.entry.in_features, self.network.exit.weight.dtype
+        whitened = times(condition.vectors, whiten(v, sigma, condition))[..., :seen]
         f = self.network(whitened.to(dtype), relative.to(dtype), condition.features.to(dtype)).to(v.dtype)
+        f = functional.pad(f, (0, v.shape[-1] - seen))
         gain = self.gate(sigma)[..., None] * posterior_sd(condition.values, sigma)
         added = times(condition.vectors, gain * times(condition.vectors.mT, f))
         return gaussian_denoiser(v, sigma, condition) + added

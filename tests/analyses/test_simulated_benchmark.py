@@ -69,14 +69,18 @@ def test_the_oracle_sees_only_the_given_controls_and_covers():
 
 
 def test_demands_read_the_scores():
-    def model(excess, cover):
-        return {"mean": {"excess": excess, "covered_90": cover}}
+    def model(excess, cover, energy=1.0):
+        return {"mean": {"excess": excess, "covered_90": cover, "energy": energy}}
 
     models = {NULL: model(1.0, 0.9), MODEL: model(0.5, 0.9), ORACLE: model(0.2, 0.9)}
     models |= {f"{MODEL}, batch labels shuffled": model(1.2, 0.9)}
     table = demands("unseen_batch", {"models": models})
     assert (table["holds"] == "yes").all()
     assert table.loc["gap between null and oracle closed", "is"] == "0.625"
+    laws = models | {ORACLE: model(0.2, 0.9, 0.5), f"{MODEL}, diffusion": model(0.5, 0.95, 0.8)}
+    table = demands("unseen_batch", {"models": laws})
+    assert table.filter(like="diffusion", axis="index")["is"].tolist() == ["0.400", "0.950"]
+    assert set(table.filter(like="diffusion", axis="index")["holds"]) == {"no"}
     models[MODEL] = model(0.9, 0.8)
     assert set(demands("unseen_pair", {"models": models})["holds"]) == {"no"}
 

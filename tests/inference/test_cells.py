@@ -143,6 +143,18 @@ def test_library_sizes_follow_the_predicted_ratio():
     assert cells.X.sum() / counts.read_cells(np.flatnonzero(screen.obs["drug"] == "DMSO")).sum() > 1.7
 
 
+def test_a_mean_that_no_counts_have_is_met_as_far_as_it_goes(counts):
+    """Tails of a Gaussian law: below zero, and above the mean of cells that hold one gene alone."""
+    draws = fake_predictions(counts, shift=(12.0, 12.0))
+    draws["predictions"]["mean"][..., 1] = -1.0
+    cells = sample_cells(draws, counts)
+    assert np.isfinite(cells.X.data).all()
+    (first, second), (error, _) = (cells[:, :2].X.mean(0).A1, cells.uns["provenance"]["mean_error"])
+    assert first > 10 * counts.read_cells(np.arange(75))[:, 0].mean()
+    assert second == 0
+    assert error > 2  # what could not be met is on record
+
+
 def test_one_drawn_population(counts, draws):
     cells = sample_cells(draws, counts, draw_index=3)
     assert set(cells.obs["draw"]) == {3}

@@ -125,6 +125,29 @@ def test_the_residual_is_the_gated_network_in_units_of_the_posterior_sd():
     np.testing.assert_allclose(added, posterior_sd(condition.values, sigma) * f, atol=1e-12)
 
 
+def test_a_network_of_fewer_coordinates_leaves_the_others_to_the_program():
+    full, condition, sigma = trained(), make(), jnp.asarray(0.4)
+    network = full.network
+    leading = eqx.tree_at(
+        lambda n: (n.entry.weight, n.exit.weight, n.exit.bias),
+        network,
+        (network.entry.weight[:, :2], network.exit.weight[:2], network.exit.bias[:2]),
+    )
+    silent = eqx.tree_at(
+        lambda n: (n.entry.weight, n.exit.weight, n.exit.bias),
+        network,
+        (
+            network.entry.weight.at[:, 2:].set(0.0),
+            network.exit.weight.at[2:].set(0.0),
+            network.exit.bias.at[2:].set(0.0),
+        ),
+    )
+    v = condition.mean + jnp.array([0.3, 1.0, -0.2])
+    own = ResidualDenoiser(leading, full.sigma_min)(v, sigma, condition)
+    np.testing.assert_allclose(own, ResidualDenoiser(silent, full.sigma_min)(v, sigma, condition), rtol=1e-6)
+    assert np.abs(own - full(v, sigma, condition)).max() > 1e-3
+
+
 def test_below_sigma_min_the_program_alone_speaks_and_the_gate_opens_smoothly():
     denoiser, condition = trained(sigma_min=0.05), make()
     v = condition.mean + 0.1

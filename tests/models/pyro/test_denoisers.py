@@ -20,11 +20,12 @@ from hilbertcell.models.denoisers import (
 from tests.torch_parity import assert_close, condition_of, precision, state_of, tensor, trained
 
 RTOL = {"float32": 1e-5, "float64": 1e-10}
-# Two laws of each number of coordinates: one plain, one that cannot vary somewhere or, in one dimension, at all.
+# Two laws of each number of coordinates: one plain, one that cannot vary somewhere or, in one dimension, at all. Then
+# the coordinates that the network sees, features, width and depth.
 CASES = {
-    "one coordinate": ([(0.7,), (0.0,)], 0, 4, 1),
-    "three": ([(2.0, 0.3, 0.01), (2.0, 0.0, 0.0)], 2, 16, 2),
-    "as a fit has": ([tuple(2.0**-k for k in range(12)), (1.0,) * 6 + (0.0,) * 6], 20, 64, 2),
+    "one coordinate": ([(0.7,), (0.0,)], 1, 0, 4, 1),
+    "three": ([(2.0, 0.3, 0.01), (2.0, 0.0, 0.0)], 3, 2, 16, 2),
+    "as a fit has": ([tuple(2.0**-k for k in range(12)), (1.0,) * 6 + (0.0,) * 6], 8, 20, 64, 2),
 }
 SIGMA_MIN = 0.05
 LEVELS = (0.0, 1e-6, SIGMA_MIN, 1.4 * SIGMA_MIN, 0.3, 2.0, 57.0)  # the last is terminal for a variance of 2
@@ -46,9 +47,9 @@ def points(values, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", CASES)
 def test_denoisers_equal_those_of_jax(torch, twin, name, dtype):
-    values, num_features, width, depth = CASES[name]
+    values, seen, num_features, width, depth = CASES[name]
     with precision(dtype):
-        denoiser = trained(len(values[0]), num_features, width, depth, dtype, SIGMA_MIN)
+        denoiser = trained(seen, num_features, width, depth, dtype, SIGMA_MIN)
         condition, v = condition_of(values, num_features, dtype), jnp.asarray(points(values, dtype))
         levels = jnp.asarray(LEVELS, dtype)
 
