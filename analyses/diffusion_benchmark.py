@@ -1,9 +1,10 @@
 """Speed and accuracy of the trained diffusion on a law that is known: `python -m hilbertcell.analyses.diffusion_benchmark`.
 
 2,000 populations of 20 to 1,000 cells in 64 coordinates; a population responds or does not, which the program's Gaussian
-law cannot say. Measures the training, 500 draws of each of 100 populations, and what few denoiser evaluations lose. The same
-command runs on whatever device jax finds and adds that device's row to `docs/_parts/diffusion.json`; a device that was not
-there is 'not run'. Seconds of the CPU are those of the process (all cores together): other work on the machine does not count.
+law cannot say. Measures the training, by how many of the leading coordinates the network sees, 500 draws of each of 100
+populations, their spread, and what few denoiser evaluations lose. The same command runs on whatever device jax finds and adds
+that device's row to `docs/_parts/diffusion.json`; a device that was not there is 'not run'. Seconds of the CPU are those of
+the process (all cores together): other work on the machine does not count.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,15 @@ COORDINATES, FEATURES = 64, 32
 POPULATIONS, HELD_OUT, TARGETS, DRAWS = 2_000, 200, 100, 500
 GAP = 1.2  # between the two modes, in units of the noise of one cell; five sd of one mode
 WIDTH, DEPTH, LEADING = 64, 2, 8  # of the network, as a fit has it
+SEEN = (4, 16, 64)  # coordinates of networks that are trained for comparison
 EVALUATIONS = (8, 12, 16, 200)
+CELLS = (
+    16,
+    64,
+    256,
+    1_024,
+    4_096,
+)  # of generated populations whose spread is compared with that of true ones
 DEVICES = ("cpu", "gpu")
 # Published limit of one H200, dense bf16 operations a second, against which a GPU's row is read.
 BF16_FLOPS = 989e12
@@ -98,13 +107,27 @@ def flops_of_an_evaluation() -> float:
     return 2.0 * (rotations + network)
 
 
-def run(recipe: Recipe) -> tuple[dict[str, Any], pd.DataFrame, ResidualDenoiser, Condition]:
-    """Train, draw and score; a row of the speed table, the table of evaluations, and what the figure needs."""
+class Result(NamedTuple):
+    """A row of the speed table; scores by number of evaluations, losses by coordinates seen; what the figure needs."""
+
+    row: dict[str, Any]
+    scores: pd.DataFrame
+    seen: pd.DataFrame
+    denoiser: ResidualDenoiser
+    condition: Condition
+
+
+def run(recipe: Recipe) -> Result:
+    """Train, draw and score."""
     rng, key = np.random.default_rng(0), jax.random.key(0)
     training, _ = material(rng, POPULATIONS)
     held_out, latent = material(rng, HELD_OUT)
-    network = init_network(key, LEADING, FEATURES, width=WIDTH, depth=DEPTH)
-    denoiser = ResidualDenoiser(network, jnp.min(training.points.level))
+
+    def new(seen: int) -> ResidualDenoiser:
+        network = init_network(key, seen, FEATURES, width=WIDTH, depth=DEPTH)
+        return ResidualDenoiser(network, jnp.min(training.points.level))
+
+    denoiser = new(LEADING)
     compiling = measured(lambda: run_block(key, init_training(denoiser, recipe), training, held_out, recipe))
     trained, cpu, clock = measured(lambda: train(key, denoiser, training, held_out, recipe))
     conditions = jax.vmap(lambda j: held_out.conditions.at(jnp.asarray(0), j))(jnp.arange(TARGETS))
@@ -125,19 +148,28 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], pd.DataFrame, ResidualDenoiser,
     }
     if jax.default_backend() == "gpu":
         row["share of bf16"] = rate / BF16_FLOPS
-    scores = {
-        "program": _score(draw(key, gaussian_denoiser_tree(), conditions, split_sampler, DRAWS), latent)
-    }
+    laws = {"program": draw(key, gaussian_denoiser_tree(), conditions, split_sampler, DRAWS)}
     for number in EVALUATIONS:
         sampler = Sampler(Split(), number, asinh_grid)
-        scores[f"{number} evaluations"] = _score(
-            draw(key, trained.denoiser, conditions, sampler, DRAWS), latent
-        )
-    scores["truth"] = _score(np.stack([latent_means(rng, TARGETS) for _ in range(DRAWS)]), latent)
-    table = pd.DataFrame({"energy score": scores})
-    table["x 200 evaluations"] = table["energy score"] / table.loc["200 evaluations", "energy score"]
-    one = jax.tree.map(lambda leaf: leaf[0], conditions)
-    return row, table, trained.denoiser, one
+        laws[f"{number} evaluations"] = draw(key, trained.denoiser, conditions, sampler, DRAWS)
+    laws["truth"] = np.stack([latent_means(rng, TARGETS) for _ in range(DRAWS)])
+    table = pd.DataFrame({name: _scores(np.asarray(law, np.float64), latent) for name, law in laws.items()}).T
+    table.insert(1, "x 200 evaluations", table["energy score"] / table.loc["200 evaluations", "energy score"])
+    courses = {LEADING: trained.course}
+    courses |= {
+        seen: train(jax.random.fold_in(key, seen), new(seen), training, held_out, recipe).course
+        for seen in SEEN
+    }
+    seen = pd.DataFrame(
+        {
+            f"{number} of {COORDINATES}": {
+                "best held-out loss less the program's": f"{course[:, 1].min():.3f}",
+                "after steps": str(BLOCK * (1 + int(course[:, 1].argmin()))),
+            }
+            for number, course in sorted(courses.items())
+        }
+    ).T
+    return Result(row, table, seen, trained.denoiser, jax.tree.map(lambda leaf: leaf[0], conditions))
 
 
 def gaussian_denoiser_tree() -> Denoiser:
@@ -145,10 +177,20 @@ def gaussian_denoiser_tree() -> Denoiser:
     return jax.tree_util.Partial(gaussian_denoiser)
 
 
-def _score(draws: Array | np.ndarray, latent: np.ndarray) -> float:
-    """Mean energy score over targets, of latent means."""
-    values = np.asarray(draws, np.float64)
-    return float(np.mean([energy_score(values[:, t], latent[t]) for t in range(TARGETS)]))
+def _scores(draws: np.ndarray, latent: np.ndarray) -> dict[str, float]:
+    """Energy scores of latent means (mean over targets) from draws (S, T, D); draws between modes; spread over truth's.
+
+    Spread: variance over populations of the mean of m cells, summed over coordinates; a cell has noise of variance one.
+    """
+    both = [
+        np.mean([energy_score(draws[:, t, :number], latent[t, :number]) for t in range(TARGETS)])
+        for number in (COORDINATES, 1)
+    ]
+    variance, true = draws.var((0, 1)).sum(), variances().sum()
+    spread = {f"spread at {m}": (variance + COORDINATES / m) / (true + COORDINATES / m) for m in CELLS}
+    between = (np.abs(draws[..., 0]) < GAP / 4).mean()
+    names = ("energy score", "of coordinate 1", "between the modes")
+    return dict(zip(names, (*both, between), strict=True)) | spread
 
 
 def draw_figure(path: Path, denoiser: Denoiser, condition: Condition) -> None:
@@ -171,7 +213,7 @@ def draw_figure(path: Path, denoiser: Denoiser, condition: Condition) -> None:
     left.plot(clock, whitened[0, :, 0], color="tab:red", label="one population")
     ticks = clock[::4]
     left.set_xticks(ticks, [f"{levels[i]:.2g}" for i in ticks])
-    left.set(xlabel="noise level sigma", ylabel="coordinate 1, in sd of the program at that level")
+    left.set(xlabel="noise level sigma", ylabel="coordinate 1 in sd of the program")
     left.legend(frameon=False)
     right.hist(paths[:, -1, 0], 30, color="0.8", orientation="horizontal")
     right.axhline(paths[0, -1, 0], color="tab:red")
@@ -180,8 +222,8 @@ def draw_figure(path: Path, denoiser: Denoiser, condition: Condition) -> None:
     plt.close(figure)
 
 
-def page(rows: dict[str, dict[str, Any] | str], table: pd.DataFrame) -> str:
-    """The part of the docs: speed by device and scores by evaluations."""
+def page(rows: dict[str, dict[str, Any] | str], result: Result) -> str:
+    """The part of the docs: speed by device, scores by evaluations, losses by coordinates seen."""
     names = list(dict.fromkeys(name for row in rows.values() if isinstance(row, dict) for name in row))
     cells = {
         device: {name: f"{row[name]:,.4g}" if name in row else "" for name in names}
@@ -190,8 +232,9 @@ def page(rows: dict[str, dict[str, Any] | str], table: pd.DataFrame) -> str:
         for device, row in rows.items()
     }
     speed = markdown(pd.DataFrame(cells).T).replace("| model |", "| device |", 1)
-    scores = markdown(table.map("{:.4f}".format)).replace("| model |", "| law |", 1)
-    return f"{speed}\n{scores}"
+    scores = markdown(result.scores.map("{:.4f}".format)).replace("| model |", "| law |", 1)
+    seen = markdown(result.seen).replace("| model |", "| coordinates seen |", 1)
+    return f"{speed}\n{scores}\n{seen}"
 
 
 def main() -> None:
@@ -201,15 +244,15 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("docs/images/diffusion.png"))
     parser.add_argument("--steps", type=int, default=Recipe().num_steps, help="steps of the training at most")
     options = parser.parse_args()
-    row, table, denoiser, condition = run(Recipe(num_steps=options.steps))
+    result = run(Recipe(num_steps=options.steps))
     options.out.mkdir(parents=True, exist_ok=True)
     store = options.out / "diffusion.json"
     known = json.loads(store.read_text())["devices"] if store.exists() else {}
-    rows = {device: known.get(device, "not run") for device in DEVICES} | {jax.default_backend(): row}
-    store.write_text(json.dumps({"devices": rows, "scores": table.to_dict()}, indent=1) + "\n")
-    text = page(rows, table)
+    rows = {device: known.get(device, "not run") for device in DEVICES} | {jax.default_backend(): result.row}
+    store.write_text(json.dumps({"devices": rows, "scores": result.scores.to_dict()}, indent=1) + "\n")
+    text = page(rows, result)
     (options.out / "diffusion.md").write_text(text)
-    draw_figure(options.figure, denoiser, condition)
+    draw_figure(options.figure, result.denoiser, result.condition)
     print(text)
 
 

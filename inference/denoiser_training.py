@@ -28,6 +28,8 @@ from hilbertcell.models.denoisers import ResidualDenoiser
 BLOCK = 100  # steps between two looks at the held-out batches
 _CLIP_NORM = 1.0
 _FINAL_RATE = 0.01  # share of the learning rate that is left at the end
+# Noise on standardised features while training: exact ones tell single populations and batches apart, and would be used to.
+JITTER = 0.5
 _DROPPED = 0.1  # share of training points that do not see which perturbation it is: as for an unseen one
 _EVALUATIONS = (
     4_000  # (draw, population, noise) triples behind one look: its error is that of the batches, not of noise
@@ -79,24 +81,26 @@ def init(denoiser: ResidualDenoiser, recipe: Recipe) -> State:
 def step(key: Array, state: State, data: TrainingData, recipe: Recipe) -> tuple[State, Array]:
     """One step on `batch_size` populations, each with a draw of the program, a level and noise; returns its loss."""
     num_draws, num_points = data.conditions.mean.shape[:2]
-    key_draw, key_point, key_drop, key_loss = jax.random.split(key, 4)
+    key_draw, key_point, key_drop, key_jitter, key_loss = jax.random.split(key, 5)
     draws = jax.random.randint(key_draw, (recipe.batch_size,), 0, num_draws)
     chosen = jax.random.randint(key_point, (recipe.batch_size,), 0, num_points)
     dropped = jax.random.bernoulli(key_drop, _DROPPED, (recipe.batch_size,))
+    jitter = jax.random.normal(key_jitter, (recipe.batch_size, *data.names.shape))
     keys = jax.random.split(key_loss, recipe.batch_size)
 
     def loss(network: eqx.Module) -> Array:
         denoiser = eqx.tree_at(lambda d: d.network, state.denoiser, network)
 
-        def one(key: Array, draw: Array, population: Array, drop: Array) -> Array:
+        def one(key: Array, draw: Array, population: Array, drop: Array, jitter: Array) -> Array:
             condition = data.conditions.at(draw, population)
-            seen = jnp.where(drop & data.names, 0.0, condition.features)
+            features = condition.features
+            seen = jnp.where(data.names, jnp.where(drop, 0.0, features), features + JITTER * jitter)
             own, program = deconvolution_loss(
                 key, denoiser, pick(data.points, population), condition._replace(features=seen)
             )
             return own - program
 
-        return jnp.mean(jax.vmap(one)(keys, draws, chosen, dropped))
+        return jnp.mean(jax.vmap(one)(keys, draws, chosen, dropped, jitter))
 
     value, gradient = eqx.filter_value_and_grad(loss)(state.denoiser.network)
     updates, optimiser = _optimiser(recipe).update(gradient, state.optimiser)

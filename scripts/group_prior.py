@@ -26,7 +26,7 @@ from hilbertcell.analyses.diffusion_benchmark import draw
 from hilbertcell.analyses.law_scores import energy_score
 from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.splits import leave_one_batch_out
-from hilbertcell.inference.denoiser_training import Recipe, TrainingData, held_out_loss
+from hilbertcell.inference.denoiser_training import JITTER, Recipe, TrainingData, held_out_loss
 from hilbertcell.inference.diffusion_law import held_out_batches, labels_of, see_populations
 from hilbertcell.inference.fit import fit
 from hilbertcell.inference.samplers import split_sampler
@@ -57,9 +57,11 @@ def mean_losses(key: Array, denoiser: ResidualDenoiser, data: TrainingData, chos
     """Losses (N,) less the program's, of the chosen populations (N,), each under one draw of the program."""
 
     def one(key: Array, population: Array) -> Array:
-        key_draw, key_loss = jax.random.split(key)
+        key_draw, key_jitter, key_loss = jax.random.split(key, 3)
         number = data.conditions.mean.shape[0]
         condition = data.conditions.at(jax.random.randint(key_draw, (), 0, number), population)
+        noise = jnp.where(data.names, 0.0, JITTER * jax.random.normal(key_jitter, data.names.shape))
+        condition = condition._replace(features=condition.features + noise)
         own, program = deconvolution_loss(key_loss, denoiser, pick(data.points, population), condition)
         return own - program
 
