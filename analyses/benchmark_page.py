@@ -90,7 +90,7 @@ as many new batches, each step in a process of its own.
 """,
     "twin": """## One program in NumPyro and in Pyro (`bodenmiller_bcrxl_cytof`)
 
-`make bench-twin`. Five donors fitted by variational inference in both libraries, from the same start, with five seeds each; the
+`make bench-twin`. Five donors fitted by variational inference in both libraries, from the same start, with four seeds each; the
 sixth predicted from its controls. Seconds are those of inference on the CPU, compilation included. The ELBO of every fit is
 evaluated in both libraries. The last columns compare predicted means (root mean square over populations and markers, in sds)
 and sds (mean ratio) of the sixth donor with those of the first row. Two sets of 500 draws of one fit differ by 0.06 sds by
