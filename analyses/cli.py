@@ -268,7 +268,7 @@ def benchmark(
 ) -> None:
     """Hide, fit, predict and score, beside the baselines that any model must beat.
 
-    With --config, what the folder already holds is not computed again.
+    With --config, what the folder already holds is not computed again; exit code 1 if a model failed on a fold.
     """
     if config is not None:
         if file is not None or keys is not None or split is not None or seed:
@@ -304,6 +304,8 @@ def _benchmark_grid(config: Path, out: Path) -> None:
         highlight=False,
         markup=False,
     )
+    if outcome.failed:
+        raise typer.Exit(1)
 
 
 @command(app)

@@ -7,9 +7,10 @@ import pytest
 import xarray as xr
 from anndata import AnnData
 
-from hilbertcell.analyses import benchmark_grid, grid_store
+from hilbertcell.analyses import benchmark_grid, grid_output, grid_store
 from hilbertcell.analyses.benchmark_config import BenchmarkConfig
 from hilbertcell.analyses.benchmark_folds import folds
+from hilbertcell.analyses.benchmark_grid import Outcome
 from hilbertcell.analyses.bounds import halves, replicate_ceiling, sampling_floor
 from hilbertcell.analyses.grid_output import run_and_write
 from hilbertcell.analyses.grid_summary import grid_markdown, losses, summarise_grid
@@ -322,6 +323,16 @@ def test_the_command_runs_resumes_and_refuses(folder, call, tmp_path):
     assert (code, "--config says what is compared" in text) == (2, True), text
     code, text = call("benchmark", "--out", tmp_path / "x.json")
     assert (code, "or --config FILE.toml" in text) == (2, True), text
+
+
+def test_a_failed_fold_is_told_by_the_exit_code(folder, call, tmp_path, monkeypatch):
+    path = tmp_path / "one.toml"
+    path.write_text(TOML.format(models='["null"]'))
+    (tmp_path / "tiny.h5ad").symlink_to(folder / "tiny.h5ad")
+    outcome = Outcome((), 0, ("tiny, unseen_batch, fold 0, null: ValueError: no",))
+    monkeypatch.setattr(grid_output, "run_and_write", lambda *args, **kwargs: outcome)
+    code, text = call("benchmark", "--config", path, "--out", tmp_path / "out")
+    assert (code, "failed: tiny, unseen_batch, fold 0" in text) == (1, True), text
 
 
 def test_stored_scores_come_back(populations):
