@@ -26,6 +26,7 @@ from hilbertcell.analyses.first_benchmarks import markdown
 from hilbertcell.analyses.law_scores import energy_score
 from hilbertcell.inference.denoiser_training import BLOCK, Recipe, TrainingData, run_block, train
 from hilbertcell.inference.denoiser_training import init as init_training
+from hilbertcell.inference.diffusion_law import LEADING
 from hilbertcell.inference.samplers import Sampler, Split, asinh_grid, split_sampler, terminal, trajectory
 from hilbertcell.inference.score_matching import Conditions, noisy_points
 from hilbertcell.models.denoisers import (
@@ -39,16 +40,11 @@ from hilbertcell.models.denoisers import (
 COORDINATES, FEATURES = 64, 32
 POPULATIONS, HELD_OUT, TARGETS, DRAWS = 2_000, 200, 100, 500
 GAP = 1.2  # between the two modes, in units of the noise of one cell; five sd of one mode
-WIDTH, DEPTH, LEADING = 64, 2, 8  # of the network, as a fit has it
+WIDTH, DEPTH = 64, 2
 SEEN = (4, 16, 64)  # coordinates of networks that are trained for comparison
 EVALUATIONS = (8, 12, 16, 200)
-CELLS = (
-    16,
-    64,
-    256,
-    1_024,
-    4_096,
-)  # of generated populations whose spread is compared with that of true ones
+# Of generated populations whose spread is compared with that of true ones.
+CELLS = (16, 64, 256, 1_024, 4_096)
 DEVICES = ("cpu", "gpu")
 # Published limit of one H200, dense bf16 operations a second, against which a GPU's row is read.
 BF16_FLOPS = 989e12

@@ -41,7 +41,8 @@ def sample_cells(
 
     The means of a sample are those of its population, without the sampling error that as many real cells would
     have; all other spread between cells comes from the controls (`models.count_transport`). Samples of few cells
-    are therefore best asked for as such: a random part of a larger sample has that error again.
+    are therefore best asked for as such: a random part of a larger sample has that error again. Means that no counts
+    can have (the tails of a Gaussian law) are met as far as counts go, which `mean_error` tells.
 
     Args:
         draws: what `Fit.predict` returned.

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 NUM_DRAWS = 32  # of the program behind the training of a network: enough that it cannot learn single draws
 _HELD_OUT = 0.2  # share of the batches on which training is stopped
 _WIDTH, _DEPTH = 64, 2  # of the network: a few hundred populations feed it
-_LEADING = (
+LEADING = (
     8  # coordinates it sees and moves: with more, it learns the sampling error of those that are Gaussian
 )
 RECIPE = Recipe()
@@ -114,7 +114,7 @@ def _dotted(path: tuple[Any, ...]) -> str:
 def _new_denoiser(
     key: Array, num_coordinates: int, description: Description, sigma_min: Array
 ) -> ResidualDenoiser:
-    leading = min(num_coordinates, _LEADING)
+    leading = min(num_coordinates, LEADING)
     network = init_network(key, leading, len(description.center), width=_WIDTH, depth=_DEPTH)
     return ResidualDenoiser(network, sigma_min)
 

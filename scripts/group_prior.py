@@ -27,7 +27,7 @@ from hilbertcell.analyses.law_scores import energy_score
 from hilbertcell.data.anndata_io import read_populations
 from hilbertcell.data.splits import leave_one_batch_out
 from hilbertcell.inference.denoiser_training import JITTER, Recipe, TrainingData, held_out_loss
-from hilbertcell.inference.diffusion_law import held_out_batches, labels_of, see_populations
+from hilbertcell.inference.diffusion_law import LEADING, held_out_batches, labels_of, see_populations
 from hilbertcell.inference.fit import fit
 from hilbertcell.inference.samplers import split_sampler
 from hilbertcell.inference.score_matching import Conditions, deconvolution_loss, noisy_points, pick
@@ -40,7 +40,6 @@ SEEDS = 3
 RECIPE = Recipe(num_steps=2_000)
 LOOK = 100  # steps between two looks at populations that stop the training
 COORDINATES, GAP, MINORITY = 16, 1.2, 0.05
-LEADING = 8  # coordinates that the network sees, as in `diffusion_law`
 SHARES = (0.5, 0.9)  # of the upper mode, in the majority and in the minority
 TRAINING, LABELLED, STOPPING, SCORED, DRAWS = 2_000, 40, 400, 60, 200
 

@@ -17,6 +17,7 @@ from hilbertcell.models.denoisers import (
     shrinkage,
     whiten,
 )
+from tests.conftest import absent
 from tests.torch_parity import assert_close, condition_of, precision, state_of, tensor, trained
 
 RTOL = {"float32": 1e-5, "float64": 1e-10}
@@ -174,7 +175,7 @@ def test_the_denoiser_compiles_as_one_graph(torch, twin):
 @pytest.mark.slow
 def test_generated_code_equals_the_denoiser(torch, twin):
     if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler, which torch.compile needs on the CPU")
+        absent("torch", "no C++ compiler, which torch.compile needs on the CPU")
     denoiser, v, sigma, given = small(torch, twin)
     torch._dynamo.reset()
     compiled = torch.compile(denoiser, fullgraph=True)
